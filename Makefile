@@ -1,0 +1,68 @@
+# `make help` lists the targets. Each sets up .venv by itself, once.
+
+PYTHON ?= $(shell if python3.11 -c '' 2>/dev/null; then echo python3.11; else echo python3; fi)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+
+# The isolated builds of the package use the pinned versions too (newer releases of pip read the second).
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint soak train-digits train-classifier package clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-18s%s\n", $$1, $$2}'
+
+demo: $(VENV)/.stamp-run ## quantize the bundled model, compare and write demo/
+	$(BIN)/hqdit demo --out demo --overwrite
+
+test: $(VENV)/.stamp-dev ## run the test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.stamp-dev ## check style, formatting, types and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+soak: $(VENV)/.stamp-dev ## run the tests that take minutes
+	$(BIN)/python -m pytest -m soak
+
+train-digits: $(VENV)/.stamp-train ## train the bundled digits model again
+	$(BIN)/python training/train_digits_model.py \
+		--out src/hqdit/data/digits --record training/digits_model_record.json
+
+train-classifier: $(VENV)/.stamp-train ## train the bundled digits classifier again
+	$(BIN)/python training/train_digits_classifier.py \
+		--out src/hqdit/data/digits_evaluation --record training/digits_classifier_record.json
+
+package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+clean: ## remove .venv, caches and everything that make wrote
+	rm -rf $(VENV) build demo dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests training -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo 'hqdit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.stamp-train: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[train]'
+	@touch $(VENV)/.stamp-run $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.stamp-run $(VENV)/.stamp-train $@

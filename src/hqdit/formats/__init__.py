@@ -1,0 +1,1 @@
+"""What a low-bit number is; pure Python, no torch."""

@@ -1,0 +1,1 @@
+"""Weight rounding that minimises the layer's output error."""

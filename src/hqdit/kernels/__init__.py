@@ -1,0 +1,1 @@
+"""The low-bit linear operation behind one seam of backends."""

@@ -1,0 +1,1 @@
+"""What each architecture looks like, and where the bundled models lie."""

@@ -1,0 +1,229 @@
+"""Finding a model on disk, on the hub or in this package, and loading it in float32."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hqdit.errors import CheckpointError, EnvironmentUnavailable, UsageError
+from hqdit.models.weights import read_json, read_weights, require_finite, require_state
+
+#: Models that ship with the package.
+BUNDLED_MODELS = ("digits",)
+
+CONFIG_NAME, PIPELINE_INDEX_NAME = "config.json", "model_index.json"
+
+#: Scheduler of a bare transformer folder: DDIM on DiT's linear betas (arXiv 2212.09748, section 4).
+DEFAULT_SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+}
+
+#: Class names under which a DiT can lie in a config.json; the second is what old hub checkpoints say.
+_DIT_CLASS, _LEGACY_CLASS = "DiTTransformer2DModel", "Transformer2DModel"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Where the parts of one model lie.
+
+    Attributes:
+        root: the folder that was named.
+        transformer: the folder with config.json and weights; `root` itself for a bare transformer.
+        config: the transformer's config.json.
+    """
+
+    root: Path
+    transformer: Path
+    config: dict[str, Any]
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether `root` is a pipeline folder around the transformer."""
+        return self.root != self.transformer
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether config.json says that the weights are quantized, by whatever method."""
+        return "quantization_config" in self.config
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~", "\\")) or source.count("/") != 1 or source.endswith("/") or "\\" in source
+
+
+def find_model(source: str | Path) -> ModelFolder:
+    """The folder behind a bundled name, a hub id, a pipeline folder or a transformer folder.
+
+    Args:
+        source: anything that exists on disk is a folder; a bundled name is one of `BUNDLED_MODELS`; `owner/name` that
+            does not exist is a hub id; everything else is a missing file.
+
+    Raises:
+        CheckpointError: missing, or not a model folder.
+        EnvironmentUnavailable: a hub id, and the hub cannot be reached.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if not text.strip():
+        raise UsageError("model: found an empty name, needed a folder, a hub id or a bundled name. Fix: name a model")
+    if path.exists():
+        return _inspect(path)
+    if text in BUNDLED_MODELS:
+        return _inspect(Path(str(resources.files("hqdit") / "data" / text)))
+    if isinstance(source, Path) or _looks_like_path(text):
+        raise CheckpointError(
+            f"{text}: found no such file or folder, needed a model folder, a hub id (owner/name) or one of "
+            f"{', '.join(BUNDLED_MODELS)}. Fix: check the path"
+        )
+    return _inspect(_download(text))
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{repository}: found no such folder and no valid hub id ({error}), needed one of both. Fix: check the name"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EnvironmentUnavailable(
+            f"{repository}: found no such folder, and the hub did not give the model ({reason}), needed a connection "
+            "and an existing repository. Fix: check name, network and token, or pass a local folder"
+        ) from error
+
+
+def _inspect(root: Path) -> ModelFolder:
+    if not root.is_dir():
+        raise CheckpointError(
+            f"{root}: found a file, needed a model folder. Fix: name the folder that holds config.json"
+        )
+    if (root / PIPELINE_INDEX_NAME).exists():
+        read_json(root / PIPELINE_INDEX_NAME, "a pipeline's model_index.json")
+        transformer = root / "transformer"
+    elif (root / "transformer" / CONFIG_NAME).exists():
+        transformer = root / "transformer"
+    else:
+        transformer = root
+    if not (transformer / CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"{root}: found no {CONFIG_NAME} and no {PIPELINE_INDEX_NAME} with a transformer, needed a diffusers model "
+            "or pipeline folder. Fix: name the folder that save_pretrained wrote"
+        )
+    return ModelFolder(root, transformer, read_json(transformer / CONFIG_NAME, "a model's config.json"))
+
+
+def build_skeleton(folder: ModelFolder) -> nn.Module:
+    """The model that config.json describes, float32, without its weights loaded.
+
+    Raises:
+        CheckpointError: another class, or a key that the class does not know.
+    """
+    from diffusers import DiTTransformer2DModel, Transformer2DModel
+
+    config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
+    name = config.get("_class_name")
+    is_legacy_dit = name == _LEGACY_CLASS and config.get("norm_type") == "ada_norm_zero"
+    where = folder.transformer / CONFIG_NAME
+    if name != _DIT_CLASS and not is_legacy_dit:
+        raise CheckpointError(
+            f"{where}: found model class {name!r}, needed {_DIT_CLASS}, the only architecture with an adapter so far. "
+            "Fix: choose a DiT model"
+        )
+    known = set(inspect.signature(DiTTransformer2DModel.__init__).parameters)
+    tolerated = set(inspect.signature(Transformer2DModel.__init__).parameters)
+    unknown = sorted(key for key in config if not key.startswith("_") and key not in known | tolerated)
+    if unknown:
+        raise CheckpointError(
+            f"{where}: found the unknown keys {', '.join(unknown)}, needed only those of {_DIT_CLASS}. "
+            "Fix: remove them or upgrade diffusers"
+        )
+    try:
+        model: nn.Module = DiTTransformer2DModel(**{key: value for key, value in config.items() if key in known})
+    except (TypeError, ValueError, NotImplementedError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{where}: the model cannot be built ({error}). Fix: correct the configuration"
+        ) from error
+    return model.eval()
+
+
+def load_float_transformer(folder: ModelFolder) -> nn.Module:
+    """The trained model in float32 and evaluation mode; `source_dtypes` on it remembers what the file held.
+
+    Raises:
+        CheckpointError: quantized already, broken or non-finite weights, or weights that do not fit the config.
+    """
+    if folder.is_quantized:
+        method = folder.config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(
+            f"{folder.transformer}: found weights that are already quantized ({method}), needed a float checkpoint. "
+            "Fix: start from the original model"
+        )
+    model = build_skeleton(folder)
+    tensors = read_weights(folder.transformer)
+    require_state(tensors, persistent_state(model), folder.transformer)
+    require_finite(tensors, folder.transformer)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    model.source_dtypes = dtypes  # type: ignore[assignment]
+    return model
+
+
+def persistent_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint of `model` holds."""
+    return dict(model.state_dict())
+
+
+def load_scheduler(folder: ModelFolder) -> Any:
+    """The pipeline's scheduler, or DDIM with `DEFAULT_SCHEDULER` for a bare transformer.
+
+    Raises:
+        CheckpointError: a scheduler that diffusers does not know.
+    """
+    import diffusers
+
+    path = folder.root / "scheduler" / "scheduler_config.json"
+    if not folder.is_pipeline or not path.exists():
+        return diffusers.DDIMScheduler(**DEFAULT_SCHEDULER)
+    config = read_json(path, "a scheduler's configuration")
+    scheduler = getattr(diffusers, str(config.get("_class_name")), None)
+    if scheduler is None or not hasattr(scheduler, "from_config"):
+        raise CheckpointError(
+            f"{path}: found scheduler class {config.get('_class_name')!r}, needed one that diffusers "
+            f"{diffusers.__version__} knows. Fix: correct the file or upgrade diffusers"
+        )
+    return scheduler.from_config(config)
+
+
+def load_vae(folder: ModelFolder) -> Any | None:
+    """The pipeline's autoencoder in evaluation mode, or None: then the model works on pixels.
+
+    Raises:
+        CheckpointError: a folder that diffusers cannot load.
+    """
+    path = folder.root / "vae"
+    if not folder.is_pipeline or not path.is_dir():
+        return None
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(path).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: the autoencoder cannot be loaded ({error}). Fix: get the folder again"
+        ) from error

@@ -1,0 +1,186 @@
+"""Reading safetensors files strictly: every fault becomes one line that names the file and the fix."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hqdit.errors import CheckpointError
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = WEIGHTS_NAME + ".index.json"
+
+_LFS_MAGIC = b"version https://git-lfs"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        CheckpointError: missing, not JSON, or not an object.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: found no such file, needed {what}. Fix: check the path")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: found no valid JSON ({error}), needed {what}. Fix: get the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: found a JSON {type(value).__name__}, needed an object, {what}. Fix: get the file again"
+        )
+    return value
+
+
+def check_safetensors(path: Path) -> None:
+    """Look at magic, header and length before anything is allocated.
+
+    Raises:
+        CheckpointError: not a regular file, a Git-LFS pointer, a pickle or zip, an HTML page, a broken header, or
+            a data section that is shorter or longer than the header says.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: found no such regular file, needed a safetensors file. Fix: check the path")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        for magic, found, fix in (
+            (_LFS_MAGIC, "a Git-LFS pointer", "run git lfs pull in the repository it came from"),
+            (b"\x80\x02", "a Python pickle", "convert it with diffusers' save_pretrained(safe_serialization=True)"),
+            (b"\x80\x04", "a Python pickle", "convert it with diffusers' save_pretrained(safe_serialization=True)"),
+            (b"PK\x03\x04", "a zip archive or torch .pt file", "convert it with safetensors.torch.save_file"),
+            (b"<", "an HTML or XML page", "download the file again; that is an error page"),
+        ):
+            if start.startswith(magic):
+                raise CheckpointError(f"{path}: found {found}, needed a safetensors file. Fix: {fix}")
+        length = int.from_bytes(start[:8], "little") if len(start) >= 8 else -1
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                f"{path}: found {size} bytes with a header length of {length}, needed a safetensors header. "
+                "Fix: download or copy the file again"
+            )
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"))
+        end = max([0, *(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")])
+        for name, entry in header.items():
+            if name == "__metadata__" or entry["dtype"] not in _BITS:
+                continue
+            begin, stop = entry["data_offsets"]
+            if (stop - begin) * 8 != math.prod(entry["shape"]) * _BITS[entry["dtype"]]:
+                raise ValueError(f"tensor {name!r} does not fill its byte range")
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: found a header that cannot be read ({error}), needed a safetensors header. "
+            "Fix: download or copy the file again"
+        ) from error
+    if 8 + length + end != size:
+        raise CheckpointError(
+            f"{path}: found {size} bytes, needed {8 + length + end} according to its header. "
+            "Fix: the file is truncated or has trailing bytes; download or copy it again"
+        )
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file, on the CPU.
+
+    Raises:
+        CheckpointError: see `check_safetensors`.
+    """
+    check_safetensors(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). Fix: download or copy the file again") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder: one, or the shards that its index lists.
+
+    Raises:
+        CheckpointError: none, only pickles, or shard names that leave the folder.
+    """
+    single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    if single.exists():
+        return [single]
+    if index.exists():
+        shards = sorted(set(map(str, read_json(index, "a shard index").get("weight_map", {}).values())))
+        for shard in shards:
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{index}: found the shard name {shard!r}, needed a plain .safetensors file name. "
+                    "Fix: get the index again from where the model came"
+                )
+        if shards:
+            return [folder / shard for shard in shards]
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".safetensors"))
+    found = f"only {', '.join(others)}" if others else "no weight file"
+    raise CheckpointError(
+        f"{folder}: found {found}, needed {WEIGHTS_NAME} or {INDEX_NAME}. "
+        "Fix: save the model with diffusers' save_pretrained(safe_serialization=True)"
+    )
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder, from one file or from shards.
+
+    Raises:
+        CheckpointError: a broken file, or a tensor that lies in two shards.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        for name, tensor in read_safetensors(path).items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: tensor {name!r} lies in two shards. Fix: get the model again")
+            tensors[name] = tensor
+    return tensors
+
+
+def require_finite(tensors: dict[str, Tensor], where: Path) -> None:
+    """Raise `CheckpointError` naming the first tensor with a NaN or an infinity, its index and the count."""
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if not tensor.is_floating_point():
+            continue
+        is_bad = ~torch.isfinite(tensor)
+        if bool(is_bad.any()):
+            first = tuple(int(i) for i in is_bad.nonzero()[0])
+            raise CheckpointError(
+                f"{where}: tensor {name!r} holds {int(is_bad.sum())} NaN or infinite numbers (first at index {first}), "
+                "needed finite weights. Fix: get the checkpoint again or look into its training"
+            )
+
+
+def require_state(found: dict[str, Tensor], needed: dict[str, Tensor], where: Path) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        CheckpointError: missing, unexpected or differently shaped tensors, counted and then listed.
+    """
+    missing, unexpected = sorted(needed.keys() - found.keys()), sorted(found.keys() - needed.keys())
+    wrong = [name for name in sorted(found.keys() & needed.keys()) if found[name].shape != needed[name].shape]
+    if not (missing or unexpected or wrong):
+        return
+    lines = [f"  missing     {name}" for name in missing[:5]]
+    lines += [f"  unexpected  {name}" for name in unexpected[:5]]
+    lines += [
+        f"  shape       {name}: found {tuple(found[name].shape)}, needed {tuple(needed[name].shape)}"
+        for name in wrong[:5]
+    ]
+    raise CheckpointError(
+        f"{where}: weights do not fit config.json ({len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} "
+        "of another shape), needed exactly its tensors. Fix: use the config.json that belongs to these weights\n"
+        + "\n".join(lines)
+    )

@@ -1,0 +1,1 @@
+"""Torch arithmetic on formats: rounding, codes, packing and error measures."""

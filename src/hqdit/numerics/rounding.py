@@ -1,0 +1,111 @@
+"""Rounding to a format's levels: the single definition of nearest, ties and saturation.
+
+Inputs are in units of level 1, that is already divided by their scale.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hqdit.errors import NumericsError
+from hqdit.formats.number_format import NumberFormat
+
+
+class _Rungs(NamedTuple):
+    """A format's ladder as tensors: rung r holds the r-th smallest level."""
+
+    thresholds: Tensor  # float32 or float64 (rungs - 1,): x lies on rung r or above iff x >= thresholds[r - 1]
+    codes: Tensor  # uint8 (rungs,)
+    levels: Tensor  # int8 (rungs,) where they fit, else float32
+
+
+@lru_cache(maxsize=256)
+def _rungs(fmt: NumberFormat, device: torch.device, is_double: bool) -> _Rungs:
+    """Midpoints between neighbouring levels, moved up by one ulp where a tie belongs to the lower level.
+
+    Every midpoint is exact in float32: it needs at most one bit more than the levels. Of two neighbouring codes one
+    is even, and the tie goes to it. The ulp is that of the inputs' precision, so that float64 is not rounded twice.
+    """
+    precision = np.dtype(np.float64 if is_double else np.float32)
+    thresholds = []
+    for (low, _), (high, high_code) in zip(fmt.ladder, fmt.ladder[1:], strict=False):
+        midpoint = precision.type((low + high) / 2)
+        tie_goes_up = high_code % 2 == 0
+        thresholds.append(midpoint if tie_goes_up else np.nextafter(midpoint, precision.type(np.inf)))
+    return _Rungs(
+        torch.from_numpy(np.array(thresholds, dtype=precision)).to(device),
+        torch.tensor([code for _, code in fmt.ladder], dtype=torch.uint8, device=device),
+        torch.tensor(fmt.levels, dtype=torch.int8 if fmt.is_int8 else torch.float32, device=device),
+    )
+
+
+def _rungs_for(x: Tensor, fmt: NumberFormat) -> _Rungs:
+    return _rungs(fmt, x.device, x.dtype == torch.float64)
+
+
+def _rung_index(x: Tensor, fmt: NumberFormat) -> Tensor:
+    thresholds = _rungs_for(x, fmt).thresholds
+    return torch.bucketize(x.to(thresholds.dtype).contiguous(), thresholds, right=True)
+
+
+def nearest_levels(x: Tensor, fmt: NumberFormat) -> Tensor:
+    """Level nearest to each element; no check, so that a forward pass stays free of synchronisation.
+
+    A NaN gets the top level: callers must carry it in the scale (see `kernels.activation`).
+
+    Args:
+        x: floating point, any shape, in units of level 1.
+
+    Returns:
+        int8 (float32 for formats that do not fit in int8), shape of `x`.
+    """
+    return _rungs_for(x, fmt).levels[_rung_index(x, fmt)]
+
+
+def nearest_codes(x: Tensor, fmt: NumberFormat) -> Tensor:
+    """Code of the nearest level, uint8, with the sign of a zero result kept; no check, as `nearest_levels`."""
+    rungs = _rungs_for(x, fmt)
+    index = _rung_index(x, fmt)
+    codes = rungs.codes[index]
+    if fmt.negative_zero_code is None:
+        return codes
+    is_negative_zero = (rungs.levels[index] == 0) & torch.signbit(x)
+    return torch.where(is_negative_zero, fmt.negative_zero_code, codes)
+
+
+def require_no_nan(x: Tensor, what: str) -> None:
+    """Raise `NumericsError` naming the count and the first position if `x` holds a NaN."""
+    is_nan = torch.isnan(x)
+    if bool(is_nan.any()):
+        first = tuple(int(i) for i in is_nan.nonzero()[0])
+        raise NumericsError(
+            f"{what}: found {int(is_nan.sum())} NaN (first at index {first}), needed numbers, because no 4-bit "
+            "format has a NaN. Fix: look for the layer or file that produced it"
+        )
+
+
+def round_to_format(x: Tensor, fmt: NumberFormat) -> Tensor:
+    """Nearest level of `fmt` to each element of `x`, as float32 with the sign of zero kept.
+
+    Ties go to the code whose last bit is 0 (in E3M0 too); magnitudes beyond the largest level saturate, infinities
+    included.
+
+    Args:
+        x: floating point, any shape, in units of level 1 (already divided by its scale).
+
+    Returns:
+        float32, shape of `x`, every element a level of `fmt`.
+
+    Raises:
+        NumericsError: `x` holds a NaN.
+    """
+    require_no_nan(x, "round_to_format")
+    levels = nearest_levels(x, fmt).to(torch.float32)
+    if fmt.negative_zero_code is None:
+        return levels
+    return torch.where(levels == 0, torch.copysign(levels, x.to(torch.float32)), levels)

@@ -1,0 +1,1 @@
+"""The verbs: plan, quantize, save, load."""

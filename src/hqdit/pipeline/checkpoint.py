@@ -1,0 +1,263 @@
+"""Saving and loading quantized models: the on-disk contract of docs/checkpoint.md, format version 1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import hqdit
+from hqdit.errors import CheckpointError, UsageError
+from hqdit.layers.linear import HQLinear
+from hqdit.models.adapter import adapter_for
+from hqdit.models.source import CONFIG_NAME, ModelFolder, build_skeleton, find_model, load_float_transformer
+from hqdit.models.weights import WEIGHTS_NAME, read_weights, require_finite, require_state
+from hqdit.numerics.codes import unpack_codes
+from hqdit.pipeline.config import QuantizationConfig
+from hqdit.pipeline.publish import publish_folder, require_free
+from hqdit.pipeline.quantize import QuantizationRecord
+from hqdit.quantizers.spec import LinearSpec
+
+QUANT_METHOD = "hqdit"
+FORMAT_VERSION = 1
+READABLE_BY_ALL = 0o644
+
+_KEYS = {
+    "quant_method",
+    "format_version",
+    "hqdit_version",
+    "config",
+    "calibration",
+    "rotation_error",
+    "parameters",
+    "layers",
+    "shared_tensors",
+}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, HQLinear]:
+    """Name -> layer for every quantized layer, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, HQLinear)}
+
+
+def save(
+    model: nn.Module, out: str | Path, source: str | Path | ModelFolder | None = None, overwrite: bool = False
+) -> None:
+    """Write a quantized model in diffusers layout.
+
+    Args:
+        model: as `hqdit.quantize` or `hqdit.load` returned it.
+        out: a transformer folder; or, if `source` is a pipeline, a pipeline folder with everything but the
+            transformer copied from there.
+        source: where the float model came from, or None for a bare transformer folder.
+        overwrite: replace what lies at `out`.
+
+    Raises:
+        UsageError: not a quantized model, or `out` exists or touches the source.
+    """
+    record: QuantizationRecord | None = getattr(model, "quantization_record", None)
+    if record is None:
+        raise UsageError("save: found a model without quantized layers, needed one from hqdit.quantize or hqdit.load")
+    folder = source if isinstance(source, ModelFolder) or source is None else find_model(source)
+    target = Path(out)
+    require_free(target, overwrite, *([folder.root] if folder else []))
+    tensors, shared = _stored_tensors(model, record.dtypes)
+    config = _model_config(model)
+    config["quantization_config"] = _quantization_config(model, record, shared)
+    with publish_folder(target, overwrite) as staged:
+        inner = staged
+        if folder is not None and folder.is_pipeline:
+            inner = staged / "transformer"
+            for path in sorted(folder.root.iterdir()):
+                if path.name != "transformer":
+                    copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                    copy(path, staged / path.name)
+        inner.mkdir(exist_ok=True)
+        save_file(tensors, inner / WEIGHTS_NAME, metadata={"format": "pt"})
+        (inner / WEIGHTS_NAME).chmod(READABLE_BY_ALL)  # safetensors writes through a private temporary file
+        (inner / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _model_config(model: nn.Module) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(cast(Any, model).to_json_string())
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
+
+
+def _quantization_config(model: nn.Module, record: QuantizationRecord, shared: dict[str, str]) -> dict[str, Any]:
+    layers = {}
+    for name, layer in quantized_layers(model).items():
+        layers[name] = {**layer.spec.to_json(), "bias": layer.bias is not None, "record": record.layers[name]}
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "hqdit_version": hqdit.__version__,
+        "config": record.config.to_json(),
+        "calibration": record.calibration,
+        "rotation_error": record.rotation_error,
+        "parameters": record.parameters,
+        "layers": layers,
+        "shared_tensors": shared,
+    }
+
+
+def _stored_tensors(model: nn.Module, dtypes: dict[str, torch.dtype]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the file, and alias -> stored name for those that are equal to an earlier one."""
+    stored: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first_with: dict[tuple[Any, ...], str] = {}
+    state = model.state_dict()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        if name in dtypes:
+            tensor = tensor.to(dtypes[name])
+        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        key = (tensor.dtype, tuple(tensor.shape), raw)
+        if key in first_with:
+            shared[name] = first_with[key]
+        else:
+            first_with[key] = name
+            stored[name] = tensor.clone()
+    return stored, shared
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+    """The transformer of a quantized or float model folder, in evaluation mode.
+
+    Loading needs no quantization code: specifications and buffers are all there is.
+
+    Args:
+        path: what `save` wrote, a float model folder, a hub id or a bundled name.
+        dtype: of the unquantized tensors in memory; scales stay float32.
+        device: where to put the model.
+
+    Raises:
+        CheckpointError: missing or broken file, unknown key, newer format version, or tensors that do not fit.
+        EnvironmentUnavailable: a hub id, and the hub cannot be reached.
+    """
+    # nn.Module's own `to`: diffusers' wrapper logs a warning about float32 modules that DiT does not have.
+    return nn.Module.to(load_folder(find_model(path)), device=device, dtype=dtype)
+
+
+def load_folder(folder: ModelFolder) -> nn.Module:
+    """As `load`, from a folder that `find_model` returned, in float32 on the CPU."""
+    return _load_quantized(folder) if folder.is_quantized else load_float_transformer(folder)
+
+
+def _read_quantization_config(folder: ModelFolder) -> dict[str, Any]:
+    where = folder.transformer / CONFIG_NAME
+    found = folder.config["quantization_config"]
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method != QUANT_METHOD:
+        raise CheckpointError(
+            f"{where}: found a model quantized by {method!r}, needed {QUANT_METHOD!r}. "
+            "Fix: load it with the library that made it"
+        )
+    version = found.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: found format version {version!r}, needed {FORMAT_VERSION}, the one that hqdit "
+            f"{hqdit.__version__} reads. Fix: upgrade hqdit, or quantize the model again"
+        )
+    unknown, missing = sorted(found.keys() - _KEYS), sorted(_KEYS - found.keys())
+    if unknown or missing:
+        raise CheckpointError(
+            f"{where}: quantization_config has the unknown keys {unknown} and lacks {missing}, needed exactly those of "
+            f"format version {FORMAT_VERSION}. Fix: quantize the model again"
+        )
+    return cast(dict[str, Any], found)
+
+
+def _load_quantized(folder: ModelFolder) -> nn.Module:
+    where = folder.transformer
+    description = _read_quantization_config(folder)
+    try:
+        config = QuantizationConfig.from_json(description["config"])
+        entries = dict(description["layers"])
+        shared = dict(description["shared_tensors"])
+        facts = {name: dict(entry["record"]) for name, entry in entries.items()}
+        has_bias = {name: bool(entry["bias"]) for name, entry in entries.items()}
+    except (UsageError, TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{where / CONFIG_NAME}: quantization_config cannot be read ({error}). Fix: quantize the model again"
+        ) from error
+    model = build_skeleton(folder)
+    for name, entry in entries.items():
+        spec = LinearSpec.from_json(name, entry)
+        _require_same_shape(model, name, spec, where)
+        model.set_submodule(name, HQLinear(spec, bias=has_bias[name]).eval())
+    tensors = read_weights(where)
+    for alias, stored in shared.items():
+        if alias in tensors or stored not in tensors:
+            raise CheckpointError(
+                f"{where / CONFIG_NAME}: shared_tensors says that {alias!r} is stored as {stored!r}, which is not so. "
+                "Fix: quantize the model again"
+            )
+        tensors[alias] = tensors[stored]
+    needed = model.state_dict()
+    require_state(tensors, needed, where)
+    require_finite(tensors, where)
+    record = QuantizationRecord(config, description["calibration"], description["rotation_error"], facts)
+    record.parameters = int(description["parameters"])
+    for name, tensor in tensors.items():
+        exact = needed[name].dtype
+        is_scale_or_code = name.rpartition(".")[0] in entries and not name.endswith(".bias")
+        if is_scale_or_code and tensor.dtype != exact:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has dtype {tensor.dtype}, needed {exact}. Fix: quantize the model again"
+            )
+        if not is_scale_or_code and tensor.is_floating_point():
+            record.dtypes[name] = tensor.dtype
+    model.load_state_dict({name: tensor.to(needed[name].dtype) for name, tensor in tensors.items()})
+    for name, layer in quantized_layers(model).items():
+        _require_sound(name, layer, where)
+    adapter_for(model).share_inputs(model)
+    model.quantization_record = record  # type: ignore[assignment]
+    return model
+
+
+def _require_same_shape(model: nn.Module, name: str, spec: LinearSpec, where: Path) -> None:
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(
+            f"{where / CONFIG_NAME}: quantization_config names the layer {name!r}, which is no linear layer of this "
+            "model. Fix: quantize the model again"
+        )
+    if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
+        raise CheckpointError(
+            f"{where / CONFIG_NAME}: layer {name} is {linear.in_features} -> {linear.out_features} in the model but "
+            f"{spec.in_features} -> {spec.out_features} in quantization_config. Fix: quantize the model again"
+        )
+
+
+def _require_sound(name: str, layer: HQLinear, where: Path) -> None:
+    """Refuse scales that are not positive, format indices out of range, and codes that stand for no number."""
+    for buffer_name in ("weight_scale", "channel_scale", "static_scale"):
+        scale = getattr(layer, buffer_name)
+        if scale is not None and not bool((scale > 0).all()):
+            raise CheckpointError(
+                f"{where}: tensor {name}.{buffer_name} holds {int((~(scale > 0)).sum())} scales that are not positive, "
+                "needed positive ones. Fix: quantize the model again"
+            )
+    formats = layer.spec.weight.formats
+    if layer.format_index is not None and int(layer.format_index.max()) >= len(formats):
+        raise CheckpointError(
+            f"{where}: tensor {name}.format_index holds {int(layer.format_index.max())}, needed numbers below "
+            f"{len(formats)}. Fix: quantize the model again"
+        )
+    fmt = formats[0]  # all formats of a layer have one storage size; 4-bit formats use every code
+    bad_codes = [code for code, level in enumerate(fmt.level_of_code) if level is None]
+    codes = unpack_codes(layer.qweight, fmt)
+    top = (1 << fmt.bits) - 1
+    if int(codes.max()) > top or any(bool((codes == code).any()) for code in bad_codes):
+        raise CheckpointError(
+            f"{where}: tensor {name}.qweight holds codes that {fmt} does not have, needed codes of numbers. "
+            "Fix: quantize the model again"
+        )

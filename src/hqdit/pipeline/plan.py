@@ -1,0 +1,100 @@
+"""The plan: what will happen to every linear layer, decided before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from hqdit.errors import UsageError
+from hqdit.models.adapter import LinearSite, adapter_for
+from hqdit.pipeline.config import SELECT_FP4, QuantizationConfig
+from hqdit.quantizers.spec import require_group_size
+from hqdit.transforms.rotation import RotationSpec, plan_rotation
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer that will be quantized; formats are open until the weights have been looked at.
+
+    Attributes:
+        site: name, role and place.
+        in_features: width of its input.
+        out_features: number of output channels.
+        rotation: what its input is rotated by.
+        format_policy: for people, as in "fp4 (e3m0, e2m1 or e1m2 per layer)".
+    """
+
+    site: LinearSite
+    in_features: int
+    out_features: int
+    rotation: RotationSpec
+    format_policy: str
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """Planned layers in the order of the forward pass, and name -> reason for every linear layer left alone."""
+
+    layers: tuple[PlannedLayer, ...]
+    skipped: dict[str, str]
+
+
+def _matching(patterns: tuple[str, ...], names: list[str], flag: str) -> set[str]:
+    chosen = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise UsageError(
+                f"{flag}: found the pattern {pattern!r}, which matches none of the {len(names)} layers that can be "
+                f"quantized, needed one that does. Fix: patterns are fnmatch on names such as {names[0]}"
+            )
+        chosen |= matched
+    return chosen
+
+
+def _policy(config: QuantizationConfig) -> str:
+    if config.weights != SELECT_FP4:
+        weights = config.weight_candidates[0].name
+    else:
+        names = " or ".join(fmt.name for fmt in config.weight_candidates)
+        weights = f"fp4 ({names} per {'layer' if config.format_granularity == 'layer' else 'output channel'})"
+    return f"{weights}; input {config.activations}"
+
+
+def plan_quantization(model: nn.Module, config: QuantizationConfig) -> QuantizationPlan:
+    """Decide layer by layer; changes nothing.
+
+    Raises:
+        UsageError: a pattern that matches nothing, nothing left to quantize, or a block or group size that does not
+            divide a width.
+        NumericsError: a width without a Hadamard matrix; the message names the layer and the blocks that would work.
+    """
+    adapter = adapter_for(model)
+    sites = adapter.sites(model)
+    names = [site.name for site in sites]
+    chosen = _matching(config.include, names, "--include")
+    if config.exclude:
+        chosen -= _matching(config.exclude, names, "--exclude")
+    if not chosen:
+        raise UsageError(
+            "--exclude: found patterns that leave no layer, needed at least one. Fix: exclude fewer layers"
+        )
+    layers = []
+    for site in sites:
+        if site.name not in chosen:
+            continue
+        linear = model.get_submodule(site.name)
+        if not isinstance(linear, nn.Linear):
+            raise UsageError(
+                f"{site.name}: found {type(linear).__name__}, needed a float linear layer. "
+                "Fix: start from a float model"
+            )
+        folds = config.fold_value_rotation and site.head_dim is not None and site.value_site in chosen
+        rotation = plan_rotation(config.rotation, linear.in_features, site.name, site.head_dim if folds else None)
+        if config.group_size is not None:
+            require_group_size(config.group_size, linear.in_features, f"--group-size for {site.name}")
+        layers.append(PlannedLayer(site, linear.in_features, linear.out_features, rotation, _policy(config)))
+    skipped = {name: "excluded by name" for name in names if name not in chosen}
+    return QuantizationPlan(tuple(layers), skipped | adapter.kept_layers(model))

@@ -1,0 +1,1 @@
+"""From a tensor to codes and scales."""

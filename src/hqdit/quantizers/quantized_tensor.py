@@ -1,0 +1,94 @@
+"""A weight as codes and scales, and round-to-nearest, the plain way to get there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hqdit.formats.number_format import NumberFormat
+from hqdit.numerics.codes import decode
+from hqdit.numerics.rounding import nearest_codes, require_no_nan
+from hqdit.quantizers.scaling import choose_scale
+from hqdit.quantizers.spec import WeightSpec
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes and scales of one weight matrix.
+
+    Attributes:
+        codes: uint8 (out_features, in_features), one code each.
+        scale: float32, shape `spec.scale_shape(...)`; number = level * scale.
+        format_index: uint8 (out_features,) into `spec.formats`, or None where there is one format.
+        spec: formats and granularity.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    format_index: Tensor | None
+    spec: WeightSpec
+
+    def dequantize(self) -> Tensor:
+        """The numbers that the codes stand for, float32 (out_features, in_features)."""
+        levels = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
+        for rows, fmt in rows_by_format(self.format_index, self.spec, self.codes.shape[0], self.codes.device):
+            levels[rows] = decode(self.codes[rows], fmt)
+        return levels * spread_scale(self.scale, self.codes.shape[1])
+
+
+def rows_by_format(
+    format_index: Tensor | None, spec: WeightSpec, out_features: int, device: torch.device
+) -> list[tuple[Tensor, NumberFormat]]:
+    """(row numbers, format) for each format that is in use."""
+    if format_index is None:
+        return [(torch.arange(out_features, device=device), spec.formats[0])]
+    return [
+        (rows, fmt)
+        for position, fmt in enumerate(spec.formats)
+        if len(rows := (format_index == position).nonzero().flatten())
+    ]
+
+
+def spread_scale(scale: Tensor, in_features: int) -> Tensor:
+    """Scales repeated along the input axis: (rows, groups) -> (rows, in_features)."""
+    return scale.repeat_interleave(in_features // scale.shape[1], dim=1)
+
+
+def weight_scales(weight: Tensor, spec: WeightSpec, format_index: Tensor | None, rule: str) -> Tensor:
+    """Scales of every tensor, channel or group by the rule "absmax" or "mse".
+
+    Args:
+        weight: floating point (out_features, in_features).
+
+    Returns:
+        float32, shape `spec.scale_shape(...)`.
+    """
+    out_features, in_features = weight.shape
+    if spec.granularity == "tensor":
+        return choose_scale(weight.reshape(1, -1), spec.formats[0], rule).reshape(1, 1)
+    shape = spec.scale_shape(out_features, in_features)
+    grouped = weight.reshape(*shape, -1)
+    scale = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    for rows, fmt in rows_by_format(format_index, spec, out_features, weight.device):
+        scale[rows] = choose_scale(grouped[rows], fmt, rule)
+    return scale
+
+
+def round_to_nearest(weight: Tensor, scale: Tensor, spec: WeightSpec, format_index: Tensor | None) -> QuantizedTensor:
+    """Every weight rounded on its own.
+
+    Args:
+        weight: floating point (out_features, in_features).
+        scale: float32 from `weight_scales`.
+
+    Raises:
+        NumericsError: `weight` or `scale` holds a NaN (absmax and mse scales do where the weight is not finite).
+    """
+    scaled = weight.to(torch.float32) / spread_scale(scale, weight.shape[1])
+    require_no_nan(scaled, "round_to_nearest")
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows, fmt in rows_by_format(format_index, spec, weight.shape[0], weight.device):
+        codes[rows] = nearest_codes(scaled[rows], fmt)
+    return QuantizedTensor(codes, scale, format_index, spec)

@@ -1,0 +1,215 @@
+"""The answer for one layer: formats, granularities and rotation, as frozen plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hqdit.errors import CheckpointError, HQDiTError, UsageError
+from hqdit.formats.catalog import format_from_json
+from hqdit.formats.number_format import NumberFormat
+from hqdit.transforms.rotation import ROTATION_KINDS, RotationSpec
+
+WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
+#: token: a dynamic scale per token. group: a dynamic scale per token and group of channels. tensor: one static scale.
+#: channel: a static scale per channel, folded into the weight, and no dynamic one (the paper's per-channel
+#: quantization). channel-token: the same static scales, then a dynamic scale per token.
+ACTIVATION_GRANULARITIES = ("token", "group", "tensor", "channel", "channel-token")
+
+INT32_MAX = 2**31 - 1
+
+
+def require_group_size(group_size: int | None, width: int, where: str) -> int:
+    """`group_size` if it is a multiple of 4 that divides `width`.
+
+    Raises:
+        UsageError: it is not; the message lists the sizes that work.
+    """
+    if group_size is None or group_size < 4 or group_size % 4 or width % group_size:
+        sizes = [size for size in range(4, width + 1, 4) if width % size == 0]
+        raise UsageError(
+            f"{where}: found group size {group_size} on width {width}, needed a multiple of 4 that divides it. "
+            f"Fix: choose one of {sizes}"
+        )
+    return group_size
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Weight of one layer.
+
+    Attributes:
+        formats: one format, or several where each output channel chose its own (the layer then holds an index).
+        granularity: one of `WEIGHT_GRANULARITIES`.
+        group_size: input channels that share a scale; None unless the granularity is group.
+    """
+
+    formats: tuple[NumberFormat, ...]
+    granularity: str = "channel"
+    group_size: int | None = None
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of the scales: (1, 1), (out_features, 1) or (out_features, groups)."""
+        if self.granularity == "tensor":
+            return (1, 1)
+        return (out_features, in_features // self.group_size if self.group_size else 1)
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """Input of one layer; see `ACTIVATION_GRANULARITIES`."""
+
+    format: NumberFormat
+    granularity: str = "token"
+    group_size: int | None = None
+
+    @property
+    def has_channel_scale(self) -> bool:
+        """Whether static per-channel scales are folded into the weight."""
+        return self.granularity in ("channel", "channel-token")
+
+    @property
+    def has_static_scale(self) -> bool:
+        """Whether the layer holds one static scale instead of computing a scale per token."""
+        return self.granularity == "tensor"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether scales come from calibration data."""
+        return self.has_channel_scale or self.has_static_scale
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Everything that the shapes and the arithmetic of one quantized linear layer follow from.
+
+    Raises:
+        UsageError: a granularity, group size or width that cannot work; the message names the layer.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    weight: WeightSpec
+    activation: ActivationSpec
+    rotation: RotationSpec
+
+    def __post_init__(self) -> None:
+        if self.weight.granularity not in WEIGHT_GRANULARITIES:
+            raise UsageError(
+                f"{self.name}: found weight granularity {self.weight.granularity!r}, needed one of "
+                f"{', '.join(WEIGHT_GRANULARITIES)}. Fix: pick one of them"
+            )
+        if self.activation.granularity not in ACTIVATION_GRANULARITIES:
+            raise UsageError(
+                f"{self.name}: found activation granularity {self.activation.granularity!r}, needed one of "
+                f"{', '.join(ACTIVATION_GRANULARITIES)}. Fix: pick one of them"
+            )
+        for side in (self.weight, self.activation):
+            if side.granularity == "group":
+                require_group_size(side.group_size, self.in_features, self.name)
+            elif side.group_size is not None:
+                raise UsageError(
+                    f"{self.name}: found group size {side.group_size} with granularity {side.granularity!r}, needed "
+                    "none. Fix: use granularity group, or no group size"
+                )
+        if self.rotation.width != self.in_features:
+            raise UsageError(
+                f"{self.name}: found a rotation of width {self.rotation.width} on {self.in_features} input channels, "
+                "needed equal ones. Fix: plan the rotation for this layer"
+            )
+        both = self.weight.group_size, self.activation.group_size
+        if None not in both and both[0] != both[1]:
+            raise UsageError(
+                f"{self.name}: found groups of {both[0]} for weights and {both[1]} for activations, needed equal "
+                "ones, because a group's sum has one scale. Fix: give both the same group size"
+            )
+        if any(not fmt.is_signed for fmt in self.weight.formats):
+            raise UsageError(
+                f"{self.name}: found a one-sided table for the weights, needed a signed format. "
+                "Fix: use one-sided tables for activations only"
+            )
+        if len({fmt.bits > 4 for fmt in self.weight.formats}) > 1 or len({f.is_int8 for f in self.weight.formats}) > 1:
+            raise UsageError(
+                f"{self.name}: found weight formats of different storage, needed formats of equal size per channel. "
+                "Fix: choose among 4-bit formats"
+            )
+        if self.in_features % 2 and any(fmt.bits <= 4 for fmt in self.weight.formats):
+            raise UsageError(
+                f"{self.name}: found {self.in_features} input channels, needed an even number because two 4-bit "
+                "codes share a byte. Fix: --exclude this layer or use an 8-bit format"
+            )
+        largest = max(max(-fmt.levels[0], fmt.max_level) for fmt in self.weight.formats)
+        top = max(-self.activation.format.levels[0], self.activation.format.max_level)
+        if self.is_int8 and largest * top * self.in_features > INT32_MAX:
+            raise UsageError(
+                f"{self.name}: found {self.in_features} input channels, needed at most {INT32_MAX // (largest * top)} "
+                f"so that int32 sums of {self.weight.formats[0]} x {self.activation.format} are exact. "
+                "Fix: --exclude this layer"
+            )
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the product runs as an exact int8 product; otherwise it runs dequantized in float32."""
+        return self.activation.format.is_int8 and all(fmt.is_int8 for fmt in self.weight.formats)
+
+    @property
+    def arithmetic(self) -> str:
+        """What `is_int8` says, in a word for records: "int8" or "float32"."""
+        return "int8" if self.is_int8 else "float32"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the checkpoint, without the name, which is the key."""
+        weight: dict[str, Any] = {
+            "formats": [fmt.to_json() for fmt in self.weight.formats],
+            "granularity": self.weight.granularity,
+        }
+        activation: dict[str, Any] = {
+            "format": self.activation.format.to_json(),
+            "granularity": self.activation.granularity,
+        }
+        for side, spec in ((weight, self.weight), (activation, self.activation)):
+            if spec.group_size is not None:
+                side["group_size"] = spec.group_size
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "arithmetic": self.arithmetic,
+            "weight": weight,
+            "activation": activation,
+            "rotation": self.rotation.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, name: str, value: dict[str, Any]) -> LinearSpec:
+        """The inverse of `to_json`.
+
+        Raises:
+            CheckpointError: keys missing or values out of range; the message names the layer.
+        """
+        try:
+            weight, activation, rotation = value["weight"], value["activation"], value["rotation"]
+            if rotation["kind"] not in ROTATION_KINDS:
+                raise UsageError(f"found rotation {rotation['kind']!r}, needed one of {', '.join(ROTATION_KINDS)}")
+            spec = cls(
+                name,
+                int(value["in_features"]),
+                int(value["out_features"]),
+                WeightSpec(
+                    tuple(format_from_json(fmt) for fmt in weight["formats"]),
+                    weight["granularity"],
+                    weight.get("group_size"),
+                ),
+                ActivationSpec(
+                    format_from_json(activation["format"]), activation["granularity"], activation.get("group_size")
+                ),
+                RotationSpec.from_json(rotation, int(value["in_features"])),
+            )
+            if not spec.rotation.is_identity and rotation["factors"] != spec.rotation.describe():
+                raise UsageError(f"found rotation {rotation['factors']!r}, needed {spec.rotation.describe()!r}")
+            return spec
+        except (KeyError, TypeError, ValueError, HQDiTError) as error:
+            raise CheckpointError(
+                f"layer {name} of quantization_config: found {value!r}, needed a layer specification of format "
+                f"version 1 ({error}). Fix: quantize the model again"
+            ) from error

@@ -1,0 +1,63 @@
+"""A diffusers pipeline for class-conditional transformers that work on pixels, such as the bundled `digits`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
+
+from hqdit.models.adapter import adapter_for
+from hqdit.sampling.noise import SAMPLE, starting_noise
+from hqdit.sampling.sampler import SamplingConfig, decode_images, require_classes, sample_latents, to_uint8
+
+
+def as_pil(images: torch.Tensor) -> list[Image.Image]:
+    """PIL images of a uint8 batch (samples, height, width, channels); one channel becomes grey."""
+    return [Image.fromarray((image[..., 0] if image.shape[-1] == 1 else image).cpu().numpy()) for image in images]
+
+
+class PixelDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Transformer and scheduler without an autoencoder; latents are the pixels.
+
+    Args:
+        transformer: a float or quantized model with an adapter.
+        scheduler: a deterministic diffusers scheduler.
+    """
+
+    model_cpu_offload_seq = "transformer"
+
+    def __init__(self, transformer: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 1.5,
+        num_inference_steps: int = 50,
+        seed: int = 0,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Images of the classes asked for.
+
+        Args:
+            class_labels: one class per image.
+            guidance_scale: classifier-free guidance scale; 1.0 switches it off.
+            num_inference_steps: denoising steps.
+            seed: image i depends on `seed` and i only, never on the batch.
+            output_type: "pil", or "pt" for a uint8 tensor (samples, height, width, channels).
+
+        Raises:
+            UsageError: a class, step count or guidance out of range.
+            NumericsError: non-finite latents.
+        """
+        require_classes(class_labels, self.transformer)
+        config = SamplingConfig(num_inference_steps, guidance_scale)
+        shape = adapter_for(self.transformer).latent_shape(self.transformer)
+        noise = starting_noise(seed, SAMPLE, range(len(class_labels)), shape).to(self.transformer.device)
+        classes = torch.tensor(class_labels, device=self.transformer.device)
+        images = to_uint8(decode_images(sample_latents(self.transformer, self.scheduler, noise, classes, config), None))
+        return ImagePipelineOutput(images=as_pil(images) if output_type == "pil" else images)

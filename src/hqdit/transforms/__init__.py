@@ -1,0 +1,1 @@
+"""Orthogonal rotations built from Hadamard matrices."""

@@ -1,0 +1,43 @@
+"""Fast Walsh-Hadamard transform: multiply rows by a Hadamard matrix without building it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hqdit.transforms.hadamard import HadamardFactors, paley_matrix
+
+
+@lru_cache(maxsize=64)
+def _paley_tensor(order: int, construction: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.from_numpy(paley_matrix(order, construction).copy()).to(device=device, dtype=dtype)
+
+
+def hadamard_transform(x: Tensor, factors: HadamardFactors) -> Tensor:
+    """X H for the +-1 matrix H = S (x) P of `factors`, without normalisation.
+
+    Needs k = log2(sylvester) passes of additions and one product with the small Paley factor, O(n (k + m)).
+
+    Args:
+        x: floating point (..., n), n = `factors.order`.
+
+    Returns:
+        Shape and dtype of `x`.
+
+    Exact: in integers as long as the dtype holds n * max|x|; otherwise up to rounding.
+    """
+    shape, n = x.shape, factors.order
+    y = x.reshape(-1, factors.sylvester, factors.paley)
+    if factors.paley > 1:
+        y = y @ _paley_tensor(factors.paley, factors.construction, x.dtype, x.device)
+    rows = y.shape[0]
+    half = 1
+    while half < factors.sylvester:
+        # Butterflies over pairs of rows of P-sized vectors that lie `half` apart; S is symmetric, so its side is moot.
+        pairs = y.reshape(rows, factors.sylvester // (2 * half), 2, half * factors.paley)
+        low, high = pairs[:, :, 0], pairs[:, :, 1]
+        y = torch.stack((low + high, low - high), dim=2)
+        half *= 2
+    return y.reshape(*shape[:-1], n)
