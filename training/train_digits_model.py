@@ -24,6 +24,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from hqdit import PixelDiTPipeline
+
 RECIPE = {
     "steps": 12000,
     "batch_size": 128,
@@ -194,8 +196,7 @@ def save(model: DiTTransformer2DModel, average: dict[str, Tensor], scheduler: DD
     """Write the averaged weights and the scheduler in diffusers layout."""
     averaged = DiTTransformer2DModel.from_config(model.config)
     averaged.load_state_dict(average)
-    averaged.save_pretrained(folder / "transformer")
-    scheduler.save_pretrained(folder / "scheduler")
+    PixelDiTPipeline(averaged, scheduler).save_pretrained(folder)
 
 
 if __name__ == "__main__":

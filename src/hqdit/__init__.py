@@ -14,17 +14,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hqdit.calibration.samples import CalibrationSet
     from hqdit.errors import HQDiTError
+    from hqdit.integrations.pixel_pipeline import PixelDiTPipeline
     from hqdit.layers.linear import HQLinear
     from hqdit.pipeline.checkpoint import load, save
     from hqdit.pipeline.config import QuantizationConfig
     from hqdit.pipeline.quantize import quantize
-    from hqdit.sampling.pixel_pipeline import PixelDiTPipeline
 
 _HOME_OF = {
     "CalibrationSet": "hqdit.calibration.samples",
     "HQDiTError": "hqdit.errors",
     "HQLinear": "hqdit.layers.linear",
-    "PixelDiTPipeline": "hqdit.sampling.pixel_pipeline",
+    "PixelDiTPipeline": "hqdit.integrations.pixel_pipeline",
     "QuantizationConfig": "hqdit.pipeline.config",
     "load": "hqdit.pipeline.checkpoint",
     "quantize": "hqdit.pipeline.quantize",

@@ -55,12 +55,10 @@ def test_order_4608() -> None:
 def test_rows_of_large_orders_are_orthogonal(order: int) -> None:
     if order <= 6144:
         assert is_hadamard(hadamard_matrix(order))
-    else:  # through the fast transform: (x H) H^T = n x would need H^T, so some hundred rows of H against all
-        factors = require_factors(order, "test")
-        columns = np.random.default_rng(order).choice(order, 200, replace=False)
-        rows = torch.zeros(200, order)
-        rows[torch.arange(200), torch.from_numpy(columns)] = 1.0
-        matrix = hadamard_transform(rows, factors)
+    else:  # 200 rows of H, by the fast transform of unit vectors, against each other
+        units = torch.zeros(200, order)
+        units[torch.arange(200), torch.from_numpy(np.random.default_rng(order).choice(order, 200, replace=False))] = 1.0
+        matrix = hadamard_transform(units, require_factors(order, "test"))
         assert bool((matrix.abs() == 1).all())
         assert torch.equal(matrix @ matrix.T, order * torch.eye(200))
 
@@ -109,13 +107,13 @@ def test_cached_matrices_cannot_be_written_to() -> None:
 # Factorizations
 
 
-@pytest.mark.parametrize("order", range(1, 1300))
-def test_served_orders_are_exactly_the_constructible_ones(order: int) -> None:
-    factors = hadamard_factors(order)
-    assert (factors is not None) == has_paley_order(order)
-    if factors is not None:
-        assert factors.order == factors.sylvester * factors.paley == order
-        assert factors.sylvester & (factors.sylvester - 1) == 0
+def test_served_orders_are_exactly_the_constructible_ones() -> None:
+    for order in range(1, 1300):
+        factors = hadamard_factors(order)
+        assert (factors is not None) == has_paley_order(order), order
+        if factors is not None:
+            assert factors.order == factors.sylvester * factors.paley == order
+            assert factors.sylvester in [2**k for k in range(11)]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +149,7 @@ def test_no_matrix_without_rows(order: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "blocks"), [(52, [4]), (100, [4, 20]), (92, [4]), (312, [4, 8, 12, 24, 104]), (1160, [4, 8, 20, 40])]
+    ("order", "blocks"), [(52, [4]), (100, [4, 20]), (92, [4]), (184, [4, 8]), (1160, [4, 8, 20, 40])]
 )
 def test_refusal_names_the_layer_and_the_blocks_that_work(order: int, blocks: list[int]) -> None:
     assert usable_blocks(order) == blocks

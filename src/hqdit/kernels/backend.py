@@ -64,9 +64,20 @@ class TorchBackend(Backend):
         return None if hasattr(torch, "_int_mm") else f"torch {torch.__version__} has no torch._int_mm"
 
     def integer_product(self, activation: Tensor, weight: Tensor) -> Tensor:
+        activation, weight = _row_major(activation), _row_major(weight)
         if activation.device.type == "cuda":
             return padded_int_mm(activation, weight, CUDA_MIN_ROWS, CUDA_MULTIPLE)
         return torch._int_mm(activation, weight.T)
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    """`matrix` itself if each row lies in one piece after the one before, else a copy that does.
+
+    torch 2.13's `_int_mm` gives wrong numbers on CPUs for expanded operands and for the transpose of a single column,
+    which `is_contiguous` calls contiguous.
+    """
+    is_regular = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return matrix if is_regular else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def padded_int_mm(activation: Tensor, weight: Tensor, min_rows: int, multiple: int) -> Tensor:

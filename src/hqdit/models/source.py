@@ -6,13 +6,13 @@ import inspect
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from hqdit.errors import CheckpointError, EnvironmentUnavailable, UsageError
-from hqdit.models.weights import read_json, read_weights, require_finite, require_state
+from hqdit.models.weights import read_json, read_weights, require_finite, require_float, require_state
 
 #: Models that ship with the package.
 BUNDLED_MODELS = ("digits",)
@@ -97,14 +97,19 @@ def _download(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except HFValidationError as error:
         raise CheckpointError(
-            f"{repository}: found no such folder and no valid hub id ({error}), needed one of both. Fix: check the name"
+            f"{repository}: found no such folder and no valid hub id ({_reason(error)}), needed one of both. "
+            "Fix: check the name"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EnvironmentUnavailable(
-            f"{repository}: found no such folder, and the hub did not give the model ({reason}), needed a connection "
-            "and an existing repository. Fix: check name, network and token, or pass a local folder"
+            f"{repository}: found no such folder, and the hub did not give the model ({_reason(error)}), needed "
+            "a connection and an existing repository. Fix: check name, network and token, or pass a local folder"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a foreign error's message, so that ours stays on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _inspect(root: Path) -> ModelFolder:
@@ -154,9 +159,10 @@ def build_skeleton(folder: ModelFolder) -> nn.Module:
         )
     try:
         model: nn.Module = DiTTransformer2DModel(**{key: value for key, value in config.items() if key in known})
-    except (TypeError, ValueError, NotImplementedError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # whatever comes out of a constructor that does not expect these values
         raise CheckpointError(
-            f"{where}: the model cannot be built ({error}). Fix: correct the configuration"
+            f"{where}: found values that build no model ({_reason(error)}), needed those of a {_DIT_CLASS}. "
+            "Fix: get the file again or correct it"
         ) from error
     return model.eval()
 
@@ -177,6 +183,7 @@ def load_float_transformer(folder: ModelFolder) -> nn.Module:
     model = build_skeleton(folder)
     tensors = read_weights(folder.transformer)
     require_state(tensors, persistent_state(model), folder.transformer)
+    require_float(tensors, folder.transformer)
     require_finite(tensors, folder.transformer)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
@@ -193,7 +200,7 @@ def load_scheduler(folder: ModelFolder) -> Any:
     """The pipeline's scheduler, or DDIM with `DEFAULT_SCHEDULER` for a bare transformer.
 
     Raises:
-        CheckpointError: a scheduler that diffusers does not know.
+        CheckpointError: a scheduler that diffusers does not know, or values that it cannot work with.
     """
     import diffusers
 
@@ -202,12 +209,18 @@ def load_scheduler(folder: ModelFolder) -> Any:
         return diffusers.DDIMScheduler(**DEFAULT_SCHEDULER)
     config = read_json(path, "a scheduler's configuration")
     scheduler = getattr(diffusers, str(config.get("_class_name")), None)
-    if scheduler is None or not hasattr(scheduler, "from_config"):
+    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise CheckpointError(
             f"{path}: found scheduler class {config.get('_class_name')!r}, needed one that diffusers "
             f"{diffusers.__version__} knows. Fix: correct the file or upgrade diffusers"
         )
-    return scheduler.from_config(config)
+    try:
+        return cast(Any, scheduler).from_config(config)
+    except Exception as error:  # whatever comes out of a constructor that does not expect these values
+        raise CheckpointError(
+            f"{path}: found values that build no scheduler ({_reason(error)}), needed those of a {scheduler.__name__}. "
+            "Fix: get the file again or correct it"
+        ) from error
 
 
 def load_vae(folder: ModelFolder) -> Any | None:
@@ -223,7 +236,8 @@ def load_vae(folder: ModelFolder) -> Any | None:
 
     try:
         return AutoencoderKL.from_pretrained(path).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever comes out of a loader that does not expect these files
         raise CheckpointError(
-            f"{path}: the autoencoder cannot be loaded ({error}). Fix: get the folder again"
+            f"{path}: found an autoencoder that cannot be loaded ({_reason(error)}), needed an AutoencoderKL folder. "
+            "Fix: get the folder again"
         ) from error

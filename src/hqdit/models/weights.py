@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -17,7 +17,17 @@ from hqdit.errors import CheckpointError
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = WEIGHTS_NAME + ".index.json"
 
-_LFS_MAGIC = b"version https://git-lfs"
+#: What unquantized weights may be stored in.
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_PICKLE = "a Python pickle", "convert it with diffusers' save_pretrained(safe_serialization=True)"
+#: First bytes of other files that lie under the name of weights: what they are, and what to do.
+_OTHER_FILES = (
+    (b"version https://git-lfs", "a Git-LFS pointer", "run git lfs pull in the repository it came from"),
+    *((bytes((0x80, protocol)), *_PICKLE) for protocol in range(2, 6)),
+    (b"PK\x03\x04", "a zip archive or torch .pt file", "convert it with safetensors.torch.save_file"),
+    (b"<", "an HTML or XML page", "download the file again; that is an error page"),
+)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
@@ -32,7 +42,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: found no such file, needed {what}. Fix: check the path")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
         raise CheckpointError(
             f"{path}: found no valid JSON ({error}), needed {what}. Fix: get the file again"
         ) from error
@@ -55,17 +65,13 @@ def check_safetensors(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
-        for magic, found, fix in (
-            (_LFS_MAGIC, "a Git-LFS pointer", "run git lfs pull in the repository it came from"),
-            (b"\x80\x02", "a Python pickle", "convert it with diffusers' save_pretrained(safe_serialization=True)"),
-            (b"\x80\x04", "a Python pickle", "convert it with diffusers' save_pretrained(safe_serialization=True)"),
-            (b"PK\x03\x04", "a zip archive or torch .pt file", "convert it with safetensors.torch.save_file"),
-            (b"<", "an HTML or XML page", "download the file again; that is an error page"),
-        ):
+        length = int.from_bytes(start[:8], "little") if len(start) >= 8 else -1
+        is_plausible = 2 <= length <= min(_MAX_HEADER_BYTES, size - 8)
+        # A header of 640 bytes starts as a pickle does, so that the length is looked at first.
+        for magic, found, fix in () if is_plausible and start[8:9] == b"{" else _OTHER_FILES:
             if start.startswith(magic):
                 raise CheckpointError(f"{path}: found {found}, needed a safetensors file. Fix: {fix}")
-        length = int.from_bytes(start[:8], "little") if len(start) >= 8 else -1
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+        if not is_plausible:
             raise CheckpointError(
                 f"{path}: found {size} bytes with a header length of {length}, needed a safetensors header. "
                 "Fix: download or copy the file again"
@@ -73,7 +79,7 @@ def check_safetensors(path: Path) -> None:
         file.seek(8)
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"))
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_names)
         end = max([0, *(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")])
         for name, entry in header.items():
             if name == "__metadata__" or entry["dtype"] not in _BITS:
@@ -81,7 +87,7 @@ def check_safetensors(path: Path) -> None:
             begin, stop = entry["data_offsets"]
             if (stop - begin) * 8 != math.prod(entry["shape"]) * _BITS[entry["dtype"]]:
                 raise ValueError(f"tensor {name!r} does not fill its byte range")
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: found a header that cannot be read ({error}), needed a safetensors header. "
             "Fix: download or copy the file again"
@@ -91,6 +97,14 @@ def check_safetensors(path: Path) -> None:
             f"{path}: found {size} bytes, needed {8 + length + end} according to its header. "
             "Fix: the file is truncated or has trailing bytes; download or copy it again"
         )
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are all different; json.loads alone would keep the last of two."""
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return names
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -103,7 +117,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). Fix: download or copy the file again") from error
+        raise CheckpointError(
+            f"{path}: found a file that cannot be read ({error}), needed a sound safetensors file. "
+            "Fix: download or copy the file again"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -116,9 +133,10 @@ def weight_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        shards = sorted(set(map(str, read_json(index, "a shard index").get("weight_map", {}).values())))
+        weight_map = read_json(index, "a shard index").get("weight_map")
+        shards = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
         for shard in shards:
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            if PureWindowsPath(shard).name != shard or not shard.endswith(".safetensors"):
                 raise CheckpointError(
                     f"{index}: found the shard name {shard!r}, needed a plain .safetensors file name. "
                     "Fix: get the index again from where the model came"
@@ -143,9 +161,22 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for path in weight_files(folder):
         for name, tensor in read_safetensors(path).items():
             if name in tensors:
-                raise CheckpointError(f"{path}: tensor {name!r} lies in two shards. Fix: get the model again")
+                raise CheckpointError(
+                    f"{path}: found tensor {name!r}, which lies in two shards, needed it in one. "
+                    "Fix: get the model again"
+                )
             tensors[name] = tensor
     return tensors
+
+
+def require_float(tensors: dict[str, Tensor], where: Path) -> None:
+    """Raise `CheckpointError` naming the first tensor whose numbers are not in one of `FLOAT_DTYPES`."""
+    for name in sorted(tensors):
+        if tensors[name].dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has dtype {tensors[name].dtype}, needed one of "
+                f"{', '.join(map(str, FLOAT_DTYPES))}. Fix: convert the checkpoint, or get the original one"
+            )
 
 
 def require_finite(tensors: dict[str, Tensor], where: Path) -> None:

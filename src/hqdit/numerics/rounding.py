@@ -48,15 +48,33 @@ def _rungs_for(x: Tensor, fmt: NumberFormat) -> _Rungs:
     return _rungs(fmt, x.device, x.dtype == torch.float64)
 
 
+@lru_cache(maxsize=256)
+def _rung_of_quarter(fmt: NumberFormat, device: torch.device) -> Tensor:
+    """Rung at every quarter from the lowest to the highest level, int32 (4 * (highest - lowest) + 1,)."""
+    quarters = torch.arange(4 * fmt.levels[0], 4 * fmt.max_level + 1, device=device)
+    return torch.bucketize(quarters / 4, _rungs(fmt, device, False).thresholds, right=True, out_int32=True)
+
+
 def _rung_index(x: Tensor, fmt: NumberFormat) -> Tensor:
+    """Rung of each element, int32, shape of `x`; a NaN gets some rung.
+
+    Levels are integers, so every midpoint is a multiple of 1/2, and the rung of x depends only on the multiple of 1/2
+    that x equals or the two that it lies between. floor(2x) + ceil(2x) counts exactly that, in quarters: an even number
+    for a multiple of 1/2, an odd one for anything between. One look into a small table then replaces a search.
+    """
     thresholds = _rungs_for(x, fmt).thresholds
-    return torch.bucketize(x.to(thresholds.dtype).contiguous(), thresholds, right=True)
+    exact = x.to(thresholds.dtype)
+    if not fmt.is_int8:  # the table would be too large
+        return torch.bucketize(exact.contiguous(), thresholds, right=True, out_int32=True)
+    doubled = (exact + exact).clamp_(2 * fmt.levels[0], 2 * fmt.max_level)
+    quarter = doubled.floor().add_(doubled.ceil_()).sub_(4 * fmt.levels[0]).nan_to_num_(0.0).to(torch.int32)
+    return _rung_of_quarter(fmt, x.device).index_select(0, quarter.flatten()).reshape(x.shape)
 
 
 def nearest_levels(x: Tensor, fmt: NumberFormat) -> Tensor:
     """Level nearest to each element; no check, so that a forward pass stays free of synchronisation.
 
-    A NaN gets the top level: callers must carry it in the scale (see `kernels.activation`).
+    A NaN gets some level: callers must carry it in the scale (see `kernels.activation`).
 
     Args:
         x: floating point, any shape, in units of level 1.
@@ -64,13 +82,13 @@ def nearest_levels(x: Tensor, fmt: NumberFormat) -> Tensor:
     Returns:
         int8 (float32 for formats that do not fit in int8), shape of `x`.
     """
-    return _rungs_for(x, fmt).levels[_rung_index(x, fmt)]
+    return _rungs_for(x, fmt).levels.index_select(0, _rung_index(x, fmt).flatten()).reshape(x.shape)
 
 
 def nearest_codes(x: Tensor, fmt: NumberFormat) -> Tensor:
     """Code of the nearest level, uint8, with the sign of a zero result kept; no check, as `nearest_levels`."""
     rungs = _rungs_for(x, fmt)
-    index = _rung_index(x, fmt)
+    index = _rung_index(x, fmt).long()
     codes = rungs.codes[index]
     if fmt.negative_zero_code is None:
         return codes

@@ -48,7 +48,7 @@ def quantized_layers(model: nn.Module) -> dict[str, HQLinear]:
 def save(
     model: nn.Module, out: str | Path, source: str | Path | ModelFolder | None = None, overwrite: bool = False
 ) -> None:
-    """Write a quantized model in diffusers layout.
+    """Write a quantized or float model in diffusers layout.
 
     Args:
         model: as `hqdit.quantize` or `hqdit.load` returned it.
@@ -58,17 +58,19 @@ def save(
         overwrite: replace what lies at `out`.
 
     Raises:
-        UsageError: not a quantized model, or `out` exists or touches the source.
+        UsageError: `out` exists or touches the source.
     """
     record: QuantizationRecord | None = getattr(model, "quantization_record", None)
-    if record is None:
-        raise UsageError("save: found a model without quantized layers, needed one from hqdit.quantize or hqdit.load")
+    dtypes: dict[str, torch.dtype] = record.dtypes if record else getattr(model, "source_dtypes", {})
     folder = source if isinstance(source, ModelFolder) or source is None else find_model(source)
     target = Path(out)
     require_free(target, overwrite, *([folder.root] if folder else []))
-    tensors, shared = _stored_tensors(model, record.dtypes)
     config = _model_config(model)
-    config["quantization_config"] = _quantization_config(model, record, shared)
+    if record is not None:
+        tensors, shared = _stored_once(_stored_tensors(model, dtypes))
+        config["quantization_config"] = _quantization_config(model, record, shared)
+    else:
+        tensors = _stored_tensors(model, dtypes)
     with publish_folder(target, overwrite) as staged:
         inner = staged
         if folder is not None and folder.is_pipeline:
@@ -105,23 +107,24 @@ def _quantization_config(model: nn.Module, record: QuantizationRecord, shared: d
     }
 
 
-def _stored_tensors(model: nn.Module, dtypes: dict[str, torch.dtype]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of the file, and alias -> stored name for those that are equal to an earlier one."""
+def _stored_tensors(model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    """The model's tensors in their storage dtypes, on the CPU, sorted by name and without common memory."""
+    state = model.state_dict()
+    return {name: state[name].detach().cpu().to(dtypes.get(name, state[name].dtype)).clone() for name in sorted(state)}
+
+
+def _stored_once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The distinct tensors, and alias -> stored name for those that are equal to an earlier one."""
     stored: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first_with: dict[tuple[Any, ...], str] = {}
-    state = model.state_dict()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        if name in dtypes:
-            tensor = tensor.to(dtypes[name])
+    for name, tensor in tensors.items():
         raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        key = (tensor.dtype, tuple(tensor.shape), raw)
-        if key in first_with:
-            shared[name] = first_with[key]
+        original = first_with.setdefault((tensor.dtype, tuple(tensor.shape), raw), name)
+        if original == name:
+            stored[name] = tensor
         else:
-            first_with[key] = name
-            stored[name] = tensor.clone()
+            shared[name] = original
     return stored, shared
 
 

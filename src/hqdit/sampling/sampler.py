@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from hqdit.errors import CheckpointError, NumericsError, UsageError
 from hqdit.models.adapter import adapter_for
 from hqdit.progress import track
+from hqdit.sampling.noise import SAMPLE, starting_noise
 
 #: Called at every step with (step, timestep, latents before the step).
 StepObserver = Callable[[int, int, Tensor], None]
 
+
+BATCH_SIZE = 64
 
 #: Parts of the class names of diffusers' schedulers that draw new noise at every step.
 STOCHASTIC_SCHEDULERS = ("DDPM", "Ancestral", "SDE", "LCM", "TCD")
@@ -53,6 +56,14 @@ def require_classes(classes: list[int], model: nn.Module) -> None:
             raise UsageError(f"--classes: found {label}, needed a number from 0 to {count - 1}. Fix: pick such a class")
 
 
+def require_guidance(model: nn.Module, guidance: float) -> None:
+    """Raise `UsageError` for guidance on a model without a null class."""
+    if guidance != 1.0 and adapter_for(model).null_class(model) is None:
+        raise UsageError(
+            f"--guidance: found {guidance} for a model without a null class, needed 1.0. Fix: pass --guidance 1.0"
+        )
+
+
 def require_steps(scheduler: Any, steps: int) -> None:
     """Raise `UsageError` for more steps than the scheduler was trained with."""
     available = int(scheduler.config.num_train_timesteps)
@@ -71,11 +82,9 @@ def predict_branches(
     adapter = adapter_for(model)
     if guidance == 1.0:
         return adapter.predict_noise(model, latents, timesteps, classes), None
+    require_guidance(model, guidance)
     null_class = adapter.null_class(model)
-    if null_class is None:
-        raise UsageError(
-            f"--guidance: found {guidance} for a model without a null class, needed 1.0. Fix: pass --guidance 1.0"
-        )
+    assert null_class is not None  # require_guidance made sure of it
     both = adapter.predict_noise(
         model,
         torch.cat([latents, latents]),
@@ -122,9 +131,10 @@ def sample_latents(
         CheckpointError: the scheduler draws noise at every step.
         NumericsError: a latent became NaN or infinite.
     """
-    if any(marker in type(scheduler).__name__ for marker in STOCHASTIC_SCHEDULERS):
+    algorithm = str(scheduler.config.get("algorithm_type", ""))
+    if any(m in type(scheduler).__name__ for m in STOCHASTIC_SCHEDULERS) or algorithm.startswith("sde"):
         raise CheckpointError(
-            f"scheduler: found {type(scheduler).__name__}, which draws new noise at every step, needed a deterministic "
+            f"scheduler: found {' '.join((type(scheduler).__name__, algorithm)).strip()}, which draws new noise at every step, needed a deterministic "
             "one. Fix: replace the pipeline's scheduler by DDIMScheduler"
         )
     require_steps(scheduler, config.steps)
@@ -143,6 +153,56 @@ def sample_latents(
                 "numbers. Fix: sample in float32, or check the model with hqdit evaluate"
             )
     return latents
+
+
+def generate_images(
+    model: nn.Module,
+    scheduler: Any,
+    vae: Any | None,
+    classes: Sequence[int],
+    config: SamplingConfig,
+    seed: int = 0,
+    purpose: str = SAMPLE,
+    batch_size: int = BATCH_SIZE,
+    what: str = "sampling",
+) -> Tensor:
+    """One image per entry of `classes`; image i depends on `seed`, `purpose` and i only.
+
+    Args:
+        model: a transformer with an adapter.
+        scheduler: a deterministic diffusers scheduler.
+        vae: decodes latents; None for a model on pixels.
+        classes: class of each image.
+        config: steps and guidance.
+        seed: of the noise.
+        purpose: noise stream, see `sampling.noise`.
+        batch_size: images at once; speed only.
+        what: title of the progress bar.
+
+    Returns:
+        float32 (len(classes), channels, height, width) in [-1, 1], on the CPU.
+
+    Raises:
+        UsageError: no class, a class out of range, or batch_size below 1.
+        NumericsError: non-finite latents.
+    """
+    if not classes or batch_size < 1:
+        raise UsageError(
+            f"--classes, batch size: found {len(classes)} images in batches of {batch_size}, needed at least 1 of each. "
+            "Fix: ask for an image"
+        )
+    require_classes(list(classes), model)
+    device = next(model.parameters()).device
+    shape = adapter_for(model).latent_shape(model)
+    images = []
+    starts = range(0, len(classes), batch_size)
+    for number, start in enumerate(starts):
+        indices = range(start, min(start + batch_size, len(classes)))
+        noise = starting_noise(seed, purpose, indices, shape).to(device)
+        labels = torch.tensor([classes[index] for index in indices], device=device)
+        title = what if len(starts) == 1 else f"{what} ({number + 1} of {len(starts)})"
+        images.append(decode_images(sample_latents(model, scheduler, noise, labels, config, what=title), vae).cpu())
+    return torch.cat(images)
 
 
 @torch.no_grad()

@@ -191,8 +191,13 @@ def rotate(x: Tensor, spec: RotationSpec, signs: Tensor | None) -> Tensor:
         return x
     if signs is None:
         raise ValueError(f"rotation {spec.kind} needs its signs")
-    y = _within_blocks(x * signs.to(x.dtype), spec.block)
+    y = rotate_folded(x, spec, signs)
     return _across_heads(y, spec.heads) if spec.is_folded else y
+
+
+def rotate_folded(x: Tensor, spec: RotationSpec, signs: Tensor) -> Tensor:
+    """X diag(s) (I (x) H_headdim): the part of a `heads` rotation that lives in the value projection's output."""
+    return _within_blocks(x * signs.to(x.dtype), spec.block)
 
 
 def rotate_online(x: Tensor, spec: RotationSpec, signs: Tensor | None) -> Tensor:
@@ -221,8 +226,5 @@ def fold_into_value(
     Returns:
         New weight and bias; v W' = (v W_v) diag(s) (I (x) H).
     """
-
-    def fold(columns: Tensor) -> Tensor:
-        return _within_blocks(columns * signs.to(columns.dtype), spec.block)
-
-    return fold(weight.T).T.contiguous(), None if bias is None else fold(bias)
+    folded_bias = None if bias is None else rotate_folded(bias, spec, signs)
+    return rotate_folded(weight.T, spec, signs).T.contiguous(), folded_bias

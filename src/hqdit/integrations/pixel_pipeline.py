@@ -8,9 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
-from hqdit.models.adapter import adapter_for
-from hqdit.sampling.noise import SAMPLE, starting_noise
-from hqdit.sampling.sampler import SamplingConfig, decode_images, require_classes, sample_latents, to_uint8
+from hqdit.sampling.sampler import SamplingConfig, generate_images, to_uint8
 
 
 def as_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -54,10 +52,6 @@ class PixelDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
             UsageError: a class, step count or guidance out of range.
             NumericsError: non-finite latents.
         """
-        require_classes(class_labels, self.transformer)
         config = SamplingConfig(num_inference_steps, guidance_scale)
-        shape = adapter_for(self.transformer).latent_shape(self.transformer)
-        noise = starting_noise(seed, SAMPLE, range(len(class_labels)), shape).to(self.transformer.device)
-        classes = torch.tensor(class_labels, device=self.transformer.device)
-        images = to_uint8(decode_images(sample_latents(self.transformer, self.scheduler, noise, classes, config), None))
+        images = to_uint8(generate_images(self.transformer, self.scheduler, None, class_labels, config, seed))
         return ImagePipelineOutput(images=as_pil(images) if output_type == "pil" else images)

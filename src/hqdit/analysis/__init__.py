@@ -1,0 +1,1 @@
+"""Explain a quantized model as plain records."""

@@ -1,0 +1,76 @@
+"""What a quantized checkpoint holds: per layer and in total, as plain records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hqdit.errors import CheckpointError
+from hqdit.models.source import ModelFolder, find_model
+from hqdit.models.weights import weight_files
+from hqdit.pipeline.checkpoint import load_folder, quantized_layers
+
+FLOAT32_BYTES = 4
+
+
+def weight_bytes(folder: ModelFolder) -> int:
+    """Size of the weight files of a model folder."""
+    return sum(path.stat().st_size for path in weight_files(folder.transformer))
+
+
+def size_facts(model: nn.Module, folder: ModelFolder) -> dict[str, Any]:
+    """Bits and bytes of a quantized model.
+
+    Returns:
+        bits_per_weight: bits of codes, scales, format indices and signs per quantized weight.
+        bits_per_parameter: bits of the weight files per parameter of the float model.
+        file_bytes: size of the weight files.
+        file_ratio: size of all parameters in float32 over `file_bytes`.
+    """
+    layers = quantized_layers(model).values()
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    record: Any = model.quantization_record
+    parameters = record.parameters
+    file_bytes = weight_bytes(folder)
+    return {
+        "bits_per_weight": 8 * sum(layer.storage_bytes for layer in layers) / weights,
+        "bits_per_parameter": 8 * file_bytes / parameters,
+        "file_bytes": file_bytes,
+        "file_ratio": FLOAT32_BYTES * parameters / file_bytes,
+    }
+
+
+def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Everything that `hqdit inspect` shows.
+
+    Raises:
+        CheckpointError: missing, broken, or not quantized by hqdit.
+    """
+    folder = find_model(path)
+    if not folder.is_quantized:
+        raise CheckpointError(
+            f"{folder.transformer}: found a float model, needed one that hqdit quantized. Fix: run hqdit quantize first"
+        )
+    model = load_folder(folder)
+    record: Any = model.quantization_record
+    layers = {}
+    for name, layer in quantized_layers(model).items():
+        spec = layer.spec
+        layers[name] = {
+            "formats": [fmt.name for fmt in spec.weight.formats],
+            "activation": spec.activation.format.name,
+            "weight_granularity": spec.weight.granularity,
+            "activation_granularity": spec.activation.granularity,
+            "rotation": spec.rotation.describe(),
+            "bits_per_weight": 8 * layer.storage_bytes / (layer.in_features * layer.out_features),
+            **record.layers[name],
+        }
+    return {
+        **size_facts(model, folder),
+        "config": record.config.to_json(),
+        "calibration": record.calibration,
+        "rotation_error": record.rotation_error,
+        "layers": layers,
+    }

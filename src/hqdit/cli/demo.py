@@ -1,0 +1,179 @@
+"""`hqdit demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hqdit.cli.options import (
+    BackendName,
+    Debug,
+    Guidance,
+    JsonFile,
+    Overwrite,
+    Quiet,
+    Seed,
+    Steps,
+    Threads,
+    require_count,
+    running,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from hqdit.evaluation.demo import MethodResult
+    from hqdit.report.tables import DemoRow
+
+#: Samples per model and method that are drawn in the report.
+GRID_IMAGES, GRID_COLUMNS = 60, 10
+OUTLIER_FACTOR = 10.0
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("demo"),
+    num: Annotated[int, typer.Option(help="Images per model and method.")] = 256,
+    steps: Steps = 50,
+    guidance: Guidance = 1.5,
+    calibration_samples: Annotated[int, typer.Option(help="Tuples from the model's own sampler.")] = 512,
+    overwrite: Overwrite = False,
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    backend: BackendName = "torch",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Quantize the bundled digits model, plain and with outliers, and write a report of what it cost."""
+    require_count("--num", num)
+    require_count("--calibration-samples", calibration_samples)
+    start = time.perf_counter()
+    with running(quiet_mode=quiet, backend=backend, threads=threads, seed=seed):
+        from hqdit.evaluation.demo import compare_presets
+        from hqdit.evaluation.surrogate import SurrogateClassifier
+        from hqdit.models.outliers import DEFAULT_SHARE, inject_outliers
+        from hqdit.models.source import find_model, load_float_transformer, load_scheduler
+        from hqdit.pipeline.config import PRESETS
+        from hqdit.pipeline.environment import describe_environment
+        from hqdit.pipeline.publish import publish_folder, require_free
+        from hqdit.report.document import render_demo_report
+        from hqdit.report.tables import render_text_table
+        from hqdit.sampling.sampler import SamplingConfig
+
+        sampling = SamplingConfig(steps, guidance)
+        require_free(out, overwrite)
+        folder = find_model("digits")
+        scheduler = load_scheduler(folder)
+        plain, with_outliers = load_float_transformer(folder), load_float_transformer(folder)
+        inject_outliers(with_outliers, OUTLIER_FACTOR, DEFAULT_SHARE, seed)
+        models = {"digits": plain, f"digits, outliers c = {OUTLIER_FACTOR:g}": with_outliers}
+        presets = {name: PRESETS[name] for name in ("minmax", "hqdit")}
+        environment = describe_environment()
+        extractor = SurrogateClassifier.load().name
+        with publish_folder(out, overwrite) as staged:
+            results = {
+                label: compare_presets(
+                    model,
+                    folder,
+                    scheduler,
+                    presets,
+                    staged / "models" / f"model{number}",
+                    label=label,
+                    images=num,
+                    sampling=sampling,
+                    calibration_samples=calibration_samples,
+                    seed=seed,
+                )
+                for number, (label, model) in enumerate(models.items())
+            }
+            rows = [_row(label, result) for label, methods in results.items() for result in methods]
+            facts = {
+                "model": "digits: DiT, 6 blocks of width 144, 16 tokens, trained on scikit-learn's handwritten digits",
+                "samples": f"{num} a row, {steps} steps, guidance {guidance:g}, seed {seed}",
+                "calibration": f"{calibration_samples} tuples from the model's own sampler",
+                "outliers": f"{DEFAULT_SHARE:.0%} of the modulated channels times {OUTLIER_FACTOR:g}, function kept",
+                **{name: str(value) for name, value in environment.items() if value is not None},
+                "backend": backend,
+                "duration": f"{time.perf_counter() - start:.0f} s",
+            }
+            notes = [
+                "float32 rows of both models compute the same function; small differences are rounding.",
+                f"The features of {extractor} come from a small classifier trained on the same digits.",
+            ]
+            report = render_demo_report(
+                rows, _grids(results), _figures(results), facts, extractor=extractor, notes=notes
+            )
+            (staged / "report.html").write_text(report, encoding="utf-8")
+        record = {
+            "rows": [row.to_json() for row in rows],
+            "results": {label: [result.to_json() for result in methods] for label, methods in results.items()},
+            "extractor": extractor,
+            "steps": steps,
+            "guidance": guidance,
+            "images": num,
+            "calibration_samples": calibration_samples,
+            "seed": seed,
+            "environment": environment,
+        }
+        write_json(json_file, record)
+        if not quiet:
+            typer.echo(render_text_table(rows, extractor))
+            typer.echo(f"{out / 'report.html'}: the report with images; checkpoints are beside it")
+
+
+def _row(label: str, result: MethodResult) -> DemoRow:
+    from hqdit.analysis.inspection import size_facts, weight_bytes
+    from hqdit.models.source import find_model
+    from hqdit.pipeline.checkpoint import load_folder
+    from hqdit.report.tables import DemoRow
+
+    folder = find_model(result.path)
+    is_float = result.eps_sqnr_db is None
+    return DemoRow(
+        model=label,
+        method=result.method if is_float else f"{result.method} W4A4",
+        bits_per_weight=32.0 if is_float else size_facts(load_folder(folder), folder)["bits_per_weight"],
+        file_bytes=weight_bytes(folder),
+        layer_sqnr_db=result.mean_layer_sqnr_db,
+        eps_sqnr_db=result.eps_sqnr_db["guided"] if result.eps_sqnr_db else None,
+        class_accuracy=result.class_accuracy,
+        frechet=result.frechet,
+        seconds=result.seconds,
+    )
+
+
+def _grids(results: dict[str, list[MethodResult]]) -> list[tuple[str, str, bytes]]:
+    from hqdit.report.figures import image_grid
+    from hqdit.sampling.sampler import to_uint8
+
+    return [
+        (
+            f"{label}: {result.method}",
+            f"the first {min(GRID_IMAGES, len(result.images))} samples, classes 0 to 9 from left to right",
+            image_grid(to_uint8(result.images[:GRID_IMAGES]).numpy(), columns=GRID_COLUMNS),
+        )
+        for label, methods in results.items()
+        for result in methods
+    ]
+
+
+def _figures(results: dict[str, list[MethodResult]]) -> list[tuple[str, str, bytes, str]]:
+    from hqdit.report.figures import eps_sqnr_figure, layer_sqnr_figure
+
+    figures = []
+    for label, methods in results.items():
+        quantized = [result for result in methods if result.layer_sqnr_db]
+        layers: dict[str, Any] = {result.method: dict(result.layer_sqnr_db or {}) for result in quantized}
+        steps: dict[str, Any] = {result.method: list(result.eps_by_timestep) for result in quantized}
+        figures += [
+            (f"{label}: layers", "output SQNR of every layer alone", layer_sqnr_figure(layers, "svg"), "image/svg+xml"),
+            (
+                f"{label}: time steps",
+                "SQNR of the guided noise prediction",
+                eps_sqnr_figure(steps, "svg"),
+                "image/svg+xml",
+            ),
+        ]
+    return figures

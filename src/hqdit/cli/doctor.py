@@ -1,0 +1,67 @@
+"""`hqdit doctor`."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+
+import hqdit
+from hqdit.cli.options import Debug, JsonFile, write_json
+from hqdit.errors import EnvironmentUnavailable
+
+_LIBRARIES = ("torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "matplotlib", "jinja2")
+_EXTRAS = {"scikit-learn": "training the bundled models: pip install 'hqdit[train]'"}
+
+
+def _state(name: str) -> str:
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return f"missing. Fix: pip install {name}"
+    try:
+        importlib.import_module(name.replace("-", "_").replace("scikit_learn", "sklearn"))
+    except Exception as error:  # whatever a broken install raises is what the user needs to see
+        return f"{found}, broken: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return found
+
+
+def doctor(json_file: JsonFile = None, debug: Debug = False) -> None:
+    """Say which backends exist here, and why the others do not."""
+    libraries = {name: _state(name) for name in _LIBRARIES}
+    extras = {name: _state(name) if _is_installed(name) else f"not installed ({use})" for name, use in _EXTRAS.items()}
+    result: dict[str, Any] = {"hqdit": hqdit.__version__, "libraries": libraries, "extras": extras}
+    typer.echo(f"hqdit {hqdit.__version__}")
+    for name, state in {**libraries, **extras}.items():
+        typer.echo(f"  {name}: {state}")
+    broken = [name for name in _LIBRARIES if "missing" in libraries[name] or "broken" in libraries[name]]
+    if broken:
+        write_json(json_file, result | {"broken": broken})
+        raise EnvironmentUnavailable(
+            f"{', '.join(broken)}: not usable, needed for every command. Fix: reinstall with pip install hqdit"
+        )
+
+    import torch
+
+    from hqdit.kernels.backend import BACKENDS, DEFAULT_BACKEND
+    from hqdit.pipeline.environment import describe_environment
+
+    result["environment"] = describe_environment()
+    result["backends"] = {name: backend.unavailable_reason() or "available" for name, backend in BACKENDS.items()}
+    result["cuda"] = "available" if torch.cuda.is_available() else "no CUDA device, or a torch build without CUDA"
+    typer.echo(f"  processor: {result['environment']['processor']}, {torch.get_num_threads()} threads")
+    typer.echo(f"  cuda: {result['cuda']}")
+    for name, state in result["backends"].items():
+        note = " (default)" if name == DEFAULT_BACKEND else ""
+        typer.echo(f"  backend {name}{note}: {state}")
+    write_json(json_file, result)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

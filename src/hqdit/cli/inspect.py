@@ -1,0 +1,66 @@
+"""`hqdit inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hqdit.cli.options import Debug, JsonFile, Quiet, running, write_json
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="DST", help="Folder that hqdit quantize wrote.")],
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a quantized checkpoint holds, layer by layer."""
+    with running(quiet_mode=quiet):
+        from hqdit.analysis.inspection import inspect_checkpoint
+
+        result = inspect_checkpoint(model)
+        write_json(json_file, result)
+        if quiet:
+            return
+        header = ("layer", "formats", "input", "statistic", "granularity", "rotation", "method", "damping", "bits")
+        rows = [header, *(_row(name, facts) for name, facts in result["layers"].items())]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        for row in rows:
+            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print_sizes(Path(model), result)
+
+
+def _row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
+    statistic = facts.get("statistic")
+    damping = facts.get("damp_fraction")
+    return (
+        name,
+        "/".join(facts["formats"]),
+        facts["activation"],
+        "infinite" if statistic is None else f"{statistic:.1f}",
+        f"{facts['weight_granularity']} x {facts['activation_granularity']}",
+        facts["rotation"],
+        facts["method"],
+        "-" if damping is None else f"{damping:g}",
+        f"{facts['bits_per_weight']:.3f}",
+    )
+
+
+def print_sizes(path: Path, result: dict[str, Any]) -> None:
+    """The totals of a checkpoint, for people."""
+    layers = result["layers"].values()
+    floats = sum(facts["arithmetic"] != "int8" for facts in layers)
+    kept = sum(facts.get("rows_kept_nearest", 0) for facts in layers)
+    dead = sum(facts.get("dead_channels", 0) for facts in layers)
+    zero = sum(facts["zero_output_channels"] for facts in layers)
+    typer.echo(
+        f"{path}: {len(layers)} quantized layers, {result['bits_per_weight']:.3f} bits per quantized weight (scales "
+        f"included), {result['bits_per_parameter']:.2f} bits per parameter, {result['file_bytes']:,} bytes, "
+        f"{result['file_ratio']:.2f} times smaller than float32"
+    )
+    typer.echo(
+        f"output channels kept at round-to-nearest: {kept}; dead input channels: {dead}; all-zero output channels: "
+        f"{zero}; layers multiplied in float32 instead of int8: {floats}"
+    )

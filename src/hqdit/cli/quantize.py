@@ -1,0 +1,155 @@
+"""`hqdit quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hqdit.cli.options import (
+    Debug,
+    Device,
+    Guidance,
+    JsonFile,
+    Overwrite,
+    Quiet,
+    Seed,
+    Steps,
+    Threads,
+    require_count,
+    running,
+    write_json,
+)
+from hqdit.errors import UsageError
+
+if TYPE_CHECKING:
+    from hqdit.pipeline.config import QuantizationConfig
+    from hqdit.pipeline.plan import QuantizationPlan
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Bundled name, hub id, pipeline or transformer folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must not exist.")] = None,
+    preset: Annotated[str, typer.Option(help="hqdit (the paper) or minmax (round-to-nearest).")] = "hqdit",
+    weights: Annotated[str | None, typer.Option(help="fp4, e2m1, e1m2, e3m0, int4, ... or table:n,...,n.")] = None,
+    activations: Annotated[str | None, typer.Option(help="same, or a format as for --weights.")] = None,
+    weight_granularity: Annotated[str | None, typer.Option(help="tensor, channel or group.")] = None,
+    activation_granularity: Annotated[
+        str | None, typer.Option(help="token, group, tensor, channel or channel-token.")
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="Channels per group, a multiple of 4.")] = None,
+    format_granularity: Annotated[str | None, typer.Option(help="layer or channel.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Quantile of the format statistic, in (0, 1).")] = None,
+    rotation: Annotated[str | None, typer.Option(help="full, none or block:B.")] = None,
+    fold_value_rotation: Annotated[
+        bool | None, typer.Option("--fold-value-rotation/--no-fold-value-rotation", help="Fold it into W_v.")
+    ] = None,
+    scale_rule: Annotated[str | None, typer.Option(help="absmax or mse, for weights.")] = None,
+    gptq: Annotated[bool | None, typer.Option("--gptq/--no-gptq", help="GPTQ or round-to-nearest.")] = None,
+    act_order: Annotated[bool | None, typer.Option("--act-order/--no-act-order", help="Column order of GPTQ.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Name pattern of layers to quantize; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Name pattern of layers to leave; repeatable.")] = None,
+    keep_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for the rest.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="safetensors: latents, timesteps, classes.")] = None,
+    calibration_samples: Annotated[int, typer.Option(help="Tuples from the model's own sampler.")] = 512,
+    steps: Steps = 50,
+    guidance: Guidance = 1.5,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; change nothing.")] = False,
+    overwrite: Overwrite = False,
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Quantize a trained diffusion transformer to FP4 weights and activations."""
+    require_count("--calibration-samples", calibration_samples)
+    if out is None and not dry_run:
+        raise UsageError("--out: found nothing, needed the folder to write. Fix: add --out DST, or --dry-run")
+    with running(quiet_mode=quiet, device=device, threads=threads, seed=seed) as options:
+        from hqdit.calibration.samples import CalibrationSet
+        from hqdit.models.source import find_model, load_float_transformer, load_scheduler
+        from hqdit.pipeline.checkpoint import save
+        from hqdit.pipeline.config import QuantizationConfig
+        from hqdit.pipeline.plan import plan_quantization
+        from hqdit.pipeline.publish import require_free
+        from hqdit.pipeline.quantize import quantize as quantize_model
+        from hqdit.sampling.sampler import SamplingConfig, require_guidance, require_steps
+
+        changes: dict[str, Any] = {
+            "weights": weights,
+            "activations": activations,
+            "weight_granularity": weight_granularity,
+            "activation_granularity": activation_granularity,
+            "group_size": group_size,
+            "format_granularity": format_granularity,
+            "alpha": alpha,
+            "rotation": rotation,
+            "fold_value_rotation": fold_value_rotation,
+            "scale_rule": scale_rule,
+            "gptq": gptq,
+            "act_order": act_order,
+            "include": tuple(include) if include else None,
+            "exclude": tuple(exclude) if exclude else None,
+            "keep_dtype": keep_dtype,
+            "seed": seed,
+        }
+        config = QuantizationConfig.preset(preset).replace(**{k: v for k, v in changes.items() if v is not None})
+        sampling = SamplingConfig(steps, guidance)
+        folder = find_model(source)
+        if out is not None:
+            require_free(out, overwrite, folder.root)
+        given = CalibrationSet.from_file(calibration) if calibration is not None else None
+        model = load_float_transformer(folder).to(options.device)
+        scheduler = load_scheduler(folder)
+        require_steps(scheduler, steps)
+        require_guidance(model, guidance)
+        plan = plan_quantization(model, config)
+        if dry_run or out is None:
+            _print_plan(plan)
+            write_json(json_file, _plan_record(plan, config))
+            return
+        if given is None and config.needs_calibration:
+            given = CalibrationSet.from_sampler(model, scheduler, calibration_samples, sampling, seed)
+        save(quantize_model(model, config, given), out, folder, overwrite)
+
+        from hqdit.analysis.inspection import inspect_checkpoint
+        from hqdit.cli.inspect import print_sizes
+
+        result = inspect_checkpoint(out)
+        write_json(json_file, result)
+        if not quiet:
+            print_sizes(out, result)
+
+
+def _plan_record(plan: QuantizationPlan, config: QuantizationConfig) -> dict[str, Any]:
+    return {
+        "config": config.to_json(),
+        "layers": {
+            layer.site.name: {
+                "role": layer.site.role,
+                "in_features": layer.in_features,
+                "out_features": layer.out_features,
+                "rotation": layer.rotation.describe(),
+                "format_policy": layer.format_policy,
+            }
+            for layer in plan.layers
+        },
+        "skipped": plan.skipped,
+    }
+
+
+def _print_plan(plan: QuantizationPlan) -> None:
+    rows = [("layer", "width", "rotation", "format policy, or why it is skipped")]
+    rows += [
+        (layer.site.name, str(layer.in_features), layer.rotation.describe(), layer.format_policy)
+        for layer in plan.layers
+    ]
+    rows += [(name, "-", "-", f"skipped: {reason}") for name, reason in plan.skipped.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
+        typer.echo("  ".join((*cells, row[3])))
+    typer.echo(f"{len(plan.layers)} layers to quantize, {len(plan.skipped)} linear layers kept; nothing was changed")

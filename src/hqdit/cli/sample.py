@@ -1,0 +1,90 @@
+"""`hqdit sample`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hqdit.cli.options import (
+    BackendName,
+    BatchSize,
+    Debug,
+    Device,
+    Dtype,
+    Guidance,
+    JsonFile,
+    Out,
+    Overwrite,
+    Quiet,
+    Seed,
+    Steps,
+    Threads,
+    parse_classes,
+    require_count,
+    running,
+    write_json,
+)
+
+
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Float or quantized model.")],
+    out: Out,
+    classes: Annotated[str, typer.Option(help="Classes, taken in turn.")] = "0,1,2,3,4,5,6,7,8,9",
+    num: Annotated[int, typer.Option(help="Images in all.")] = 10,
+    steps: Steps = 50,
+    guidance: Guidance = 1.5,
+    batch_size: BatchSize = 64,
+    overwrite: Overwrite = False,
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    backend: BackendName = "torch",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Sample images: one PNG each and one grid."""
+    require_count("--num", num)
+    require_count("--batch-size", batch_size)
+    labels = parse_classes(classes)
+    with running(quiet_mode=quiet, device=device, dtype=dtype, backend=backend, threads=threads, seed=seed) as options:
+        from torch import nn
+
+        from hqdit.integrations.pixel_pipeline import as_pil
+        from hqdit.models.source import find_model, load_scheduler, load_vae
+        from hqdit.pipeline.checkpoint import load_folder
+        from hqdit.pipeline.environment import describe_environment
+        from hqdit.pipeline.publish import publish_folder, require_free
+        from hqdit.report.figures import image_grid
+        from hqdit.sampling.sampler import SamplingConfig, generate_images, require_classes, require_guidance, to_uint8
+
+        config = SamplingConfig(steps, guidance)
+        folder = find_model(model)
+        require_free(out, overwrite, folder.root)
+        transformer = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
+        require_classes(labels, transformer)
+        require_guidance(transformer, guidance)
+        vae = load_vae(folder)
+        chosen = [labels[index % len(labels)] for index in range(num)]
+        images = to_uint8(
+            generate_images(transformer, load_scheduler(folder), vae, chosen, config, seed, batch_size=batch_size)
+        )
+        files = [f"{index:06d}_class{label}.png" for index, label in enumerate(chosen)]
+        with publish_folder(out, overwrite) as staged:
+            for name, image in zip(files, as_pil(images), strict=True):
+                image.save(staged / name)
+            (staged / "grid.png").write_bytes(image_grid(images.numpy(), columns=min(len(labels), num)))
+        result = {
+            "files": files,
+            "grid": "grid.png",
+            "classes": chosen,
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "environment": describe_environment(),
+        }
+        write_json(json_file, result)
+        if not quiet:
+            typer.echo(f"{out}: {num} images and grid.png")

@@ -1,0 +1,190 @@
+"""Paired fidelity: how far a quantized model is from its float original on the same inputs.
+
+All noise comes from the evaluation stream, which is disjoint from calibration's and sampling's by construction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqdit.errors import NumericsError, UsageError
+from hqdit.layers.linear import HQLinear
+from hqdit.models.adapter import adapter_for
+from hqdit.numerics.error import SignalToNoise
+from hqdit.pipeline.checkpoint import quantized_layers
+from hqdit.progress import track
+from hqdit.sampling.noise import EVALUATION, starting_noise
+from hqdit.sampling.sampler import SamplingConfig, guide, predict_branches, sample_latents
+from hqdit.transforms.rotation import rotate_folded
+
+#: The smallest evaluation that is reported: time steps x (latent, class) pairs.
+TIMESTEPS, PAIRS = 8, 32
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """Noisy latents from the float model's own trajectories.
+
+    Attributes:
+        latents: one float32 (pairs, channels, height, width) per time step.
+        timesteps: the time steps, in the order of sampling.
+        classes: int64 (pairs,).
+    """
+
+    latents: tuple[Tensor, ...]
+    timesteps: tuple[int, ...]
+    classes: Tensor
+
+
+def evaluation_inputs(exact: nn.Module, scheduler: Any, sampling: SamplingConfig, seed: int) -> EvaluationInputs:
+    """`PAIRS` trajectories of the float model, kept at `TIMESTEPS` evenly spread steps (all, if there are fewer)."""
+    adapter = adapter_for(exact)
+    device = next(exact.parameters()).device
+    noise = starting_noise(seed, EVALUATION, range(PAIRS), adapter.latent_shape(exact)).to(device)
+    classes = torch.arange(PAIRS, device=device) % adapter.num_classes(exact)
+    count = min(TIMESTEPS, sampling.steps)
+    wanted = {round(i * (sampling.steps - 1) / max(count - 1, 1)) for i in range(count)}
+    latents: list[Tensor] = []
+    timesteps: list[int] = []
+
+    def keep(step: int, timestep: int, current: Tensor) -> None:
+        if step in wanted:
+            latents.append(current.clone())
+            timesteps.append(timestep)
+
+    sample_latents(exact, scheduler, noise, classes, sampling, keep, what="evaluation trajectories")
+    return EvaluationInputs(tuple(latents), tuple(timesteps), classes)
+
+
+@dataclass(frozen=True)
+class NoiseFidelity:
+    """SQNR of the predicted noise, in dB, over all kept inputs.
+
+    Attributes:
+        conditional: with the class.
+        unconditional: with the null class; None without a null class.
+        guided: after classifier-free guidance; None without a null class.
+        by_timestep: (time step, SQNR of the guided or else the conditional prediction).
+    """
+
+    conditional: float
+    unconditional: float | None
+    guided: float | None
+    by_timestep: tuple[tuple[int, float], ...]
+
+
+@torch.no_grad()
+def noise_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInputs, guidance: float) -> NoiseFidelity:
+    """Compare noise predictions at the same x_t.
+
+    With guidance 1.0 the guided prediction is the conditional one.
+
+    Raises:
+        NumericsError: the quantized model predicts NaN or infinity.
+    """
+    has_null = adapter_for(exact).null_class(exact) is not None
+    totals = {"conditional": SignalToNoise(), "unconditional": SignalToNoise(), "guided": SignalToNoise()}
+    by_timestep = []
+    # Both branches are looked at even where guidance 1.0 would skip one, so ask for them with another scale.
+    branch_scale = 0.0 if has_null else 1.0
+    for timestep, latents in track(list(zip(inputs.timesteps, inputs.latents, strict=True)), "noise predictions"):
+        times = torch.full_like(inputs.classes, timestep)
+        true = predict_branches(exact, latents, times, inputs.classes, branch_scale)
+        found = predict_branches(quantized, latents, times, inputs.classes, branch_scale)
+        if not all(bool(torch.isfinite(branch).all()) for branch in found if branch is not None):
+            raise NumericsError(
+                f"evaluation: the quantized model predicts NaN or infinity at time step {timestep}, needed finite "
+                "numbers. Fix: quantize again, or check the checkpoint with hqdit inspect"
+            )
+        here = SignalToNoise()
+        totals["conditional"].add(true[0], found[0])
+        if true[1] is not None and found[1] is not None:
+            totals["unconditional"].add(true[1], found[1])
+            totals["guided"].add(guide(true[0], true[1], guidance), guide(found[0], found[1], guidance))
+            here.add(guide(true[0], true[1], guidance), guide(found[0], found[1], guidance))
+        else:
+            here.add(true[0], found[0])
+        by_timestep.append((timestep, here.db))
+    return NoiseFidelity(
+        totals["conditional"].db,
+        totals["unconditional"].db if has_null else None,
+        totals["guided"].db if has_null else None,
+        tuple(by_timestep),
+    )
+
+
+@contextmanager
+def _observing(model: nn.Module, hooks: dict[str, Callable[..., None]]) -> Iterator[None]:
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInputs) -> dict[str, float]:
+    """Output SQNR of every quantized layer on the inputs that the float model gives it, in dB.
+
+    Each layer is judged alone: errors of earlier layers do not enter. Where part of a rotation is folded into the
+    value projection, inputs and outputs are compared in the rotated basis, which does not change the ratio.
+    """
+    layers = quantized_layers(quantized)
+    folded: dict[str, HQLinear] = {}
+    for site in adapter_for(exact).sites(exact):
+        layer = layers.get(site.name)
+        if layer is not None and layer.spec.rotation.is_folded and site.value_site is not None:
+            folded[site.value_site] = layer
+    ratios = {name: SignalToNoise() for name in layers}
+
+    def compare(name: str, layer: HQLinear) -> Callable[..., None]:
+        reader = folded.get(name)
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0]
+            if layer.spec.rotation.is_folded and layer.signs is not None:
+                x = rotate_folded(x, layer.spec.rotation, layer.signs)
+            if reader is not None and reader.signs is not None:
+                output = rotate_folded(output, reader.spec.rotation, reader.signs)
+            ratios[name].add(output, layer(x))
+
+        return hook
+
+    with _observing(exact, {name: compare(name, layer) for name, layer in layers.items()}):
+        for timestep, latents in track(list(zip(inputs.timesteps, inputs.latents, strict=True)), "layer outputs"):
+            times = torch.full_like(inputs.classes, timestep)
+            predict_branches(exact, latents, times, inputs.classes, 1.0)
+    return {name: ratio.db for name, ratio in ratios.items()}
+
+
+def psnr_db(exact: Tensor, approximate: Tensor) -> float:
+    """Mean over images of the peak signal to noise ratio, in dB; infinite if any pair of images is equal.
+
+    Args:
+        exact: floating point images (samples, ...) in [-1, 1], so that the peak is 2.
+        approximate: the same shape.
+    """
+    mse = (approximate.to(torch.float64) - exact.to(torch.float64)).square().flatten(1).mean(dim=1)
+    ratios = [math.inf if error == 0 else 10 * math.log10(4.0 / error) for error in mse.tolist()]
+    return sum(ratios) / len(ratios)
+
+
+def require_same_shape(exact: nn.Module, quantized: nn.Module) -> None:
+    """Raise `UsageError` unless both models take the same inputs."""
+    facts = []
+    for model in (exact, quantized):
+        adapter = adapter_for(model)
+        facts.append((*adapter.latent_shape(model), adapter.num_classes(model), len(adapter.blocks(model))))
+    if facts[0] != facts[1]:
+        raise UsageError(
+            f"--against: found models with (channels, height, width, classes, blocks) {facts[1]} and {facts[0]}, "
+            "needed equal ones. Fix: compare a quantized model with its own original"
+        )

@@ -1,0 +1,1 @@
+"""From plain records to tables, figures and documents."""

@@ -1,0 +1,145 @@
+"""Weights as codes and scales."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import GRIDS, SIGNED_TABLE, U32, nearest_code
+
+from hqdit.errors import NumericsError
+from hqdit.formats.catalog import E1M2, E2M1, E3M0, FP4_FORMATS, INT4, INT8, format_from_json
+from hqdit.formats.number_format import TableFormat
+from hqdit.quantizers.quantized_tensor import QuantizedTensor, round_to_nearest, spread_scale, weight_scales
+from hqdit.quantizers.scaling import MIN_SCALE, absmax_scale, mse_scale
+from hqdit.quantizers.spec import WeightSpec
+
+SPECS = [
+    *(WeightSpec((format_from_json(name),)) for name in GRIDS if min(GRIDS[name].values()) < 0),
+    WeightSpec((E2M1,), "tensor"),
+    *(WeightSpec((E2M1,), "group", size) for size in (4, 16, 36, 48, 72, 144)),
+    WeightSpec((INT8,), "group", 12),
+    WeightSpec(FP4_FORMATS),
+    WeightSpec((E3M0, INT4, TableFormat(SIGNED_TABLE)), "group", 48),
+]
+
+
+def label(spec: WeightSpec) -> str:
+    return f"{'/'.join(map(str, spec.formats))} per {spec.granularity} {spec.group_size or ''}".strip()
+
+
+def weight_of(seed: int = 0, rows: int = 9, width: int = 144) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_t(4, (rows, width))).float()
+
+
+def index_of(spec: WeightSpec, rows: int = 9) -> torch.Tensor | None:
+    return torch.arange(rows).to(torch.uint8) % len(spec.formats) if len(spec.formats) > 1 else None
+
+
+@pytest.mark.parametrize("rule", ["absmax", "mse"])
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+def test_scales_are_those_of_each_tensor_channel_or_group(spec: WeightSpec, rule: str) -> None:
+    weight, index = weight_of(), index_of(spec)
+    scale = weight_scales(weight, spec, index, rule)
+    assert scale.dtype == torch.float32
+    assert scale.shape == spec.scale_shape(9, 144)
+    function = {"absmax": absmax_scale, "mse": mse_scale}[rule]
+    if spec.granularity == "tensor":
+        assert scale.item() == function(weight.reshape(-1), spec.formats[0]).item()
+        return
+    size = spec.group_size or 144
+    for row in range(9):
+        fmt = spec.formats[0 if index is None else int(index[row])]
+        for group in range(144 // size):
+            part = weight[row, group * size : (group + 1) * size]
+            assert scale[row, group].item() == function(part, fmt).item()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+def test_round_to_nearest_one_weight_at_a_time(spec: WeightSpec) -> None:
+    weight, index = weight_of(1), index_of(spec)
+    scale = weight_scales(weight, spec, index, "absmax")
+    quantized = round_to_nearest(weight, scale, spec, index)
+    assert quantized.codes.dtype == torch.uint8
+    assert quantized.scale is scale
+    numbers = quantized.dequantize()
+    assert numbers.dtype == torch.float32
+    size = 144 if spec.granularity == "tensor" else 144 // scale.shape[1]
+    for row in range(9):
+        grid = GRIDS[spec.formats[0 if index is None else int(index[row])].name]
+        for column in range(0, 144, 7):
+            unit = np.float32(scale[min(row, len(scale) - 1), column // size if spec.granularity == "group" else 0])
+            code = nearest_code(float(np.float32(weight[row, column]) / unit), grid)
+            assert quantized.codes[row, column] == code
+            assert numbers[row, column] == np.float32(grid[code]) * unit
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+def test_error_is_at_most_half_a_gap(spec: WeightSpec) -> None:
+    weight, index = weight_of(2), index_of(spec)
+    scale = weight_scales(weight, spec, index, "absmax")
+    error = (round_to_nearest(weight, scale, spec, index).dequantize().double() - weight.double()).abs()
+    for row in range(9):
+        fmt = spec.formats[0 if index is None else int(index[row])]
+        gap = max(b - a for a, b in zip(fmt.levels, fmt.levels[1:], strict=False))
+        # Negative magnitudes may lie beyond a table's lowest level; those saturate.
+        reach = max(gap / 2, fmt.max_level + fmt.levels[0])
+        unit = spread_scale(scale, 144)[min(row, len(scale) - 1)].double()
+        assert bool((error[row] <= unit * (reach + 3 * U32 * fmt.max_level)).all())
+
+
+def test_numbers_on_the_grid_come_back() -> None:
+    spec = WeightSpec((E2M1,))
+    weight = torch.tensor([[level * 0.25 for level in E2M1.levels]])  # -3 .. 3
+    quantized = round_to_nearest(weight, weight_scales(weight, spec, None, "absmax"), spec, None)
+    assert torch.equal(quantized.dequantize(), weight)
+
+
+def test_zero_rows() -> None:
+    weight = weight_of(3)
+    weight[4] = 0.0
+    for spec in SPECS:
+        if any(0 not in fmt.levels for fmt in spec.formats):
+            continue
+        index = index_of(spec)
+        scale = weight_scales(weight, spec, index, "mse")
+        assert torch.equal(round_to_nearest(weight, scale, spec, index).dequantize()[4], torch.zeros(144))
+        if spec.granularity != "tensor":
+            assert scale[4].tolist() == [MIN_SCALE] * scale.shape[1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_weights_are_refused(bad: float) -> None:
+    spec = WeightSpec((E2M1,))
+    weight = weight_of(4)
+    weight[3, 5] = bad
+    with pytest.raises(NumericsError, match="round_to_nearest: found"):
+        round_to_nearest(weight, weight_scales(weight, spec, None, "absmax"), spec, None)
+
+
+def test_formats_per_row_are_independent_of_their_neighbours() -> None:
+    weight = weight_of(5)
+    mixed = WeightSpec((E3M0, E2M1, E1M2))
+    index = torch.tensor([2, 2, 0, 1, 0, 2, 1, 1, 0], dtype=torch.uint8)
+    together = round_to_nearest(weight, weight_scales(weight, mixed, index, "mse"), mixed, index).dequantize()
+    for row in range(9):
+        alone = WeightSpec((mixed.formats[int(index[row])],))
+        one = weight[row : row + 1]
+        assert torch.equal(
+            round_to_nearest(one, weight_scales(one, alone, None, "mse"), alone, None).dequantize()[0], together[row]
+        )
+
+
+def test_spread_scale() -> None:
+    scale = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert spread_scale(scale, 6).tolist() == [[1, 1, 1, 2, 2, 2], [3, 3, 3, 4, 4, 4]]
+    assert spread_scale(torch.tensor([[5.0]]), 3).tolist() == [[5, 5, 5]]
+
+
+def test_dequantize_is_level_times_scale() -> None:
+    codes = torch.tensor([[0, 7, 8, 15], [1, 2, 3, 9]], dtype=torch.uint8)
+    spec = WeightSpec((E2M1, E3M0), "group", 4)
+    quantized = QuantizedTensor(codes, torch.tensor([[0.5], [2.0]]), torch.tensor([0, 1], dtype=torch.uint8), spec)
+    assert quantized.dequantize().tolist() == [[0.0, 6.0, -0.0, -6.0], [2.0, 4.0, 8.0, -2.0]]

@@ -1,0 +1,146 @@
+"""Tiny random DiT models and what goes with them: built in milliseconds, of the same parts as the real ones."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+
+from hqdit.calibration.samples import CalibrationSet
+from hqdit.sampling.sampler import SamplingConfig
+
+CLASSES = 5
+WIDTH, BLOCKS = 72, 2  # 2 heads of 36, so that the 36-order transform and its halves are exercised
+
+#: Geometry of the model that most tests use.
+CONFIG: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 36,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_layers": BLOCKS,
+    "sample_size": 8,
+    "patch_size": 4,
+    "num_embeds_ada_norm": CLASSES,
+}
+
+
+def tiny_dit(seed: int = 0, **changes: Any) -> DiTTransformer2DModel:
+    """A random float32 model in evaluation mode whose modulation is strong, so that every block matters."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = DiTTransformer2DModel(**{**CONFIG, **changes})
+        for block in model.transformer_blocks:
+            block.norm1.linear.weight.mul_(4.0)
+            block.norm1.linear.bias.uniform_(-1.0, 1.0)
+    return model.eval()
+
+
+def latent_dit(seed: int = 0, **changes: Any) -> DiTTransformer2DModel:
+    """As `tiny_dit`, on 4 latent channels with a learned variance: 8 output channels."""
+    return tiny_dit(seed, **{"in_channels": 4, "out_channels": 8, **changes})
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKL:
+    """A random autoencoder from 8x8 latents of 4 channels to 16x16 images of 3."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+    return vae.eval()
+
+
+def ddim(**changes: Any) -> DDIMScheduler:
+    """DDIM on DiT's linear betas."""
+    return DDIMScheduler(**{"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False, **changes})
+
+
+def inputs_of(model: Any, samples: int = 6, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Arguments of an adapter's methods: latents, time steps over the whole range, and classes with the null class."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (samples, model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    return {
+        "latents": torch.randn(shape, generator=random),
+        "timesteps": torch.randint(0, 1000, (samples,), generator=random),
+        "classes": torch.arange(samples) % (CLASSES + 1),
+    }
+
+
+def predicted(model: Any, **fields: torch.Tensor) -> torch.Tensor:
+    """The model's raw output on `inputs_of`, the learned variance included."""
+    fields = fields or inputs_of(model)
+    with torch.no_grad():
+        output = model(fields["latents"], timestep=fields["timesteps"], class_labels=fields["classes"]).sample
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+@functools.cache
+def calibration(samples: int = 48, seed: int = 0) -> CalibrationSet:
+    """Calibration tuples of `tiny_dit()` at 4 steps."""
+    return CalibrationSet.from_sampler(tiny_dit(), ddim(), samples, SamplingConfig(4, 1.5), seed)
+
+
+def random_calibration(model: Any, samples: int = 32) -> CalibrationSet:
+    """Calibration tuples for any geometry, without sampling."""
+    return CalibrationSet(**inputs_of(model, samples))
+
+
+def save_pipeline(folder: Path, model: Any, scheduler: Any | None = None, vae: Any | None = None) -> Path:
+    """A pipeline folder as diffusers lays it out, with a file and a folder that hqdit knows nothing of."""
+    model.save_pretrained(folder / "transformer")
+    index: dict[str, Any] = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    if vae is not None:
+        vae.save_pretrained(folder / "vae")
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "README.md").write_bytes(b"# caf\xc3\xa9\r\n")
+    (folder / "assets" / "deep").mkdir(parents=True)
+    (folder / "assets" / "deep" / "blob.bin").write_bytes(bytes(range(256)))
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; the value `...` removes a key."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file below `folder`."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def state_hash(model: Any) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_complete(error: Any, *parts: str) -> None:
+    """The first line of an error says what was needed and how to fix it, names `parts`, and ends."""
+    line = str(error).splitlines()[0]
+    for part in ("needed", "Fix: ", *parts):
+        assert part in line, f"{part!r} is missing in: {line}"
+    assert "Traceback" not in str(error)
