@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint soak train-digits train-classifier package clean
+.PHONY: help demo test lint soak train-digits train-classifier check-digits stress package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-18s%s\n", $$1, $$2}'
@@ -40,6 +40,12 @@ train-digits: $(VENV)/.stamp-train ## train the bundled digits model again
 train-classifier: $(VENV)/.stamp-train ## train the bundled digits classifier again
 	$(BIN)/python training/train_digits_classifier.py \
 		--out src/hqdit/data/digits_evaluation --record training/digits_classifier_record.json
+
+check-digits: $(VENV)/.stamp-train ## measure the bundled digits model: classes asked for, nearest training images
+	$(BIN)/python training/check_digits_model.py --record training/digits_model_check.json
+
+stress: $(VENV)/.stamp-run ## measure what activation outliers cost (c = 1, 10, 30, 100) and write the record
+	$(BIN)/python benchmarks/outlier_stress.py --json docs/records/outlier_stress.json
 
 package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/
 	rm -rf dist

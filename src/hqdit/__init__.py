@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hqdit.calibration.samples import CalibrationSet
     from hqdit.errors import HQDiTError
+    from hqdit.integrations.load_pipeline import load_pipeline
     from hqdit.integrations.pixel_pipeline import PixelDiTPipeline
     from hqdit.layers.linear import HQLinear
     from hqdit.pipeline.checkpoint import load, save
@@ -27,6 +28,7 @@ _HOME_OF = {
     "PixelDiTPipeline": "hqdit.integrations.pixel_pipeline",
     "QuantizationConfig": "hqdit.pipeline.config",
     "load": "hqdit.pipeline.checkpoint",
+    "load_pipeline": "hqdit.integrations.load_pipeline",
     "quantize": "hqdit.pipeline.quantize",
     "save": "hqdit.pipeline.checkpoint",
 }
@@ -39,6 +41,7 @@ __all__ = [
     "QuantizationConfig",
     "__version__",
     "load",
+    "load_pipeline",
     "quantize",
     "save",
 ]

@@ -32,7 +32,10 @@ def test_pieces_are_one_shot_and_numpy(pieces: list[int], width: int, seed: int)
 
 def test_integers_are_exact_in_any_order() -> None:
     x = torch.randint(-12, 13, (101, 8), generator=torch.Generator().manual_seed(0))
-    expected = [[2 * sum(a * b for a, b in zip(x[:, i].tolist(), x[:, j].tolist(), strict=True)) for j in range(8)] for i in range(8)]
+    expected = [
+        [2 * sum(a * b for a, b in zip(x[:, i].tolist(), x[:, j].tolist(), strict=True)) for j in range(8)]
+        for i in range(8)
+    ]
     for order in (slice(None), slice(None, None, 2)):
         accumulator = HessianAccumulator(8)
         accumulator.add(x[order].float())

@@ -65,7 +65,9 @@ def problem(
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     weight = torch.from_numpy(rng.standard_normal((rows, width)) * 10.0 ** rng.uniform(-3, 3, (rows, 1))).float()
     spec = spec or WeightSpec((E2M1,))
-    index = torch.from_numpy(rng.integers(0, len(spec.formats), rows)).to(torch.uint8) if len(spec.formats) > 1 else None
+    index = (
+        torch.from_numpy(rng.integers(0, len(spec.formats), rows)).to(torch.uint8) if len(spec.formats) > 1 else None
+    )
     hessian = torch.from_numpy(hessian_of(kind, width, rng))
     return weight, hessian, weight_scales(weight, spec, index, rule), spec, index
 

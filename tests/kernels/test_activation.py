@@ -92,10 +92,11 @@ def test_bad_number_makes_its_whole_token_nan_and_no_other(
 
 
 @each_granularity
-def test_static_nan_in_a_one_sided_format(granularity: str, size: int | None) -> None:
-    # NaN must be carried where negative numbers are not even looked at.
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_number_in_a_one_sided_format(bad: float, granularity: str, size: int | None) -> None:
+    # It must be carried where negative numbers are not even looked at.
     x = tokens_of()
-    x[1, 0] = math.nan
+    x[1, 0] = bad
     spec = ActivationSpec(TableFormat(ONE_SIDED_TABLE), granularity, size)
     result = quantize_activation(x, spec, STATIC_SCALE if granularity == "tensor" else None)
     assert bool(result.scale[1].isnan().all())
@@ -134,16 +135,39 @@ def test_tokens_do_not_see_each_other(granularity: str, size: int | None) -> Non
 @each_granularity
 def test_strided_inputs(granularity: str, size: int | None) -> None:
     for view in (tokens_of(12)[::2], tokens_of(144, 6).T, tokens_of(6, 432)[:, 100:244]):
-        strided, dense = quantized(view, "e2m1", granularity, size), quantized(view.contiguous(), "e2m1", granularity, size)
+        strided, dense = (
+            quantized(view, "e2m1", granularity, size),
+            quantized(view.contiguous(), "e2m1", granularity, size),
+        )
         assert torch.equal(strided.levels, dense.levels)
         assert torch.equal(strided.scale, dense.scale)
 
 
 def test_static_scale_saturates() -> None:
-    result = quantize_activation(torch.tensor([[100.0, -100.0, 1.0, 0.0]]), ActivationSpec(E2M1, "tensor"), torch.ones(1))
+    result = quantize_activation(
+        torch.tensor([[100.0, -100.0, 1.0, 0.0]]), ActivationSpec(E2M1, "tensor"), torch.ones(1)
+    )
     assert result.levels.tolist() == [[12, -12, 1, 0]]
     wide = quantize_activation(torch.tensor([[1e9, -1.0]]), ActivationSpec(E4M3, "channel"))
     assert wide.levels.tolist() == [[E4M3.max_level, -1.0]]
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+@pytest.mark.parametrize("name", ["e2m1", "int4", "int8"])
+def test_numbers_are_divided_by_the_scale(name: str, granularity: str) -> None:
+    # Half levels times many scales: a product with 1 / scale would put some of them on the wrong side of a tie.
+    grid = GRIDS[name]
+    levels = sorted(set(grid.values()))
+    ties = np.array([(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)], dtype=np.float32)
+    ties = np.append(ties[ties > -levels[-1]], levels[-1]).astype(np.float32)  # the last one sets the token's scale
+    spec = ActivationSpec(format_from_json(name), granularity)
+    for unit in np.random.default_rng(0).uniform(0.01, 10, 50).astype(np.float32):
+        x = ties * unit
+        static = torch.tensor([unit]) if granularity == "tensor" else None
+        result = quantize_activation(torch.from_numpy(x).unsqueeze(0), spec, static)
+        scale = unit if granularity == "tensor" else x[-1] / np.float32(levels[-1])
+        assert result.scale.item() == scale
+        assert result.levels[0].tolist() == nearest_levels(x / scale, grid).tolist()
 
 
 def test_tensor_granularity_needs_its_scale() -> None:

@@ -28,7 +28,11 @@ GROUP_SIZES = (4, 16, 36, 48, 72)
 GRANULARITIES: list[tuple[str, int | None, str, int | None]] = [
     *((a, None, w, None) for a in ("token", "tensor", "channel", "channel-token") for w in ("tensor", "channel")),
     *((a, None, "group", 36) for a in ("token", "tensor", "channel", "channel-token")),
-    *(("group", size, w, size if w == "group" else None) for size in GROUP_SIZES for w in ("tensor", "channel", "group")),
+    *(
+        ("group", size, w, size if w == "group" else None)
+        for size in GROUP_SIZES
+        for w in ("tensor", "channel", "group")
+    ),
 ]
 
 F32 = npt.NDArray[np.float32]
@@ -49,7 +53,9 @@ def operands(
     bias = torch.from_numpy(rng.standard_normal(out)).float()
     activation_spec = ActivationSpec(activation_format, *granularity[:2])
     weight_spec = WeightSpec(weight_formats, *granularity[2:])
-    index = torch.from_numpy(rng.integers(0, len(weight_formats), out)).to(torch.uint8) if len(weight_formats) > 1 else None
+    index = (
+        torch.from_numpy(rng.integers(0, len(weight_formats), out)).to(torch.uint8) if len(weight_formats) > 1 else None
+    )
     quantized = round_to_nearest(w, weight_scales(w, weight_spec, index, "absmax"), weight_spec, index)
     packed = PackedWeight(pack_codes(quantized.codes, weight_formats[0]), quantized.scale, index, weight_formats)
     static = torch.tensor([0.8]) if granularity[0] == "tensor" else None
@@ -83,7 +89,9 @@ def bits(x: F32) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(x).view(np.int32)
 
 
-def check(parts: tuple[torch.Tensor, ActivationSpec, QuantizedActivation, QuantizedTensor, PackedWeight, torch.Tensor]) -> None:
+def check(
+    parts: tuple[torch.Tensor, ActivationSpec, QuantizedActivation, QuantizedTensor, PackedWeight, torch.Tensor],
+) -> None:
     _, _, activation, weight, packed, bias = parts
     expected = defined_product(activation, weight)
     for backend in BACKENDS.values():
@@ -157,7 +165,9 @@ def test_any_number_of_tokens(tokens: int, granularity: tuple[str, int | None, s
 
 
 def test_strided_activations_and_weights() -> None:
-    _, _, activation, _, packed, bias = operands((format_from_json("e2m1"),), format_from_json("e2m1"), tokens=10, out=14)
+    _, _, activation, _, packed, bias = operands(
+        (format_from_json("e2m1"),), format_from_json("e2m1"), tokens=10, out=14
+    )
     wide = torch.empty(10, 3 * WIDTH, dtype=torch.int8)
     wide[:, WIDTH : 2 * WIDTH] = activation.levels
     views = QuantizedActivation(wide[::2, WIDTH : 2 * WIDTH], activation.scale[::2])
@@ -185,8 +195,12 @@ def test_bias_of_any_precision_is_added_in_float32() -> None:
     [("e4m3", "e4m3"), ("e2m1", "e4m3"), ("e4m3", "e2m1"), ("e5m2", "int8"), ("int4", "e5m2"), ("e5m2", "e4m3")],
 )
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
-def test_wide_formats_run_dequantized(weight: str, activation: str, granularity: tuple[str, int | None, str, int | None]) -> None:
-    _, _, quantized, tensor, packed, bias = operands((format_from_json(weight),), format_from_json(activation), granularity)
+def test_wide_formats_run_dequantized(
+    weight: str, activation: str, granularity: tuple[str, int | None, str, int | None]
+) -> None:
+    _, _, quantized, tensor, packed, bias = operands(
+        (format_from_json(weight),), format_from_json(activation), granularity
+    )
     a, w = quantized.dequantize().double(), tensor.dequantize().double()
     exact = a @ w.T + bias.double()
     # One rounding for each of WIDTH products, sums and the bias, at most; the operands are the same float32 numbers.

@@ -78,7 +78,9 @@ def test_choice_depends_on_the_seed_only() -> None:
     first = scaled_channels(tiny_dit(), 10.0, seed=1)
     assert scaled_channels(tiny_dit(seed=7), 100.0, seed=1) == first
     assert scaled_channels(tiny_dit(), 10.0, seed=2) != first
-    assert state_hash(inject_outliers(tiny_dit(), 10.0, seed=1)) == state_hash(inject_outliers(tiny_dit(), 10.0, seed=1))
+    assert state_hash(inject_outliers(tiny_dit(), 10.0, seed=1)) == state_hash(
+        inject_outliers(tiny_dit(), 10.0, seed=1)
+    )
 
 
 @pytest.mark.parametrize("factor", [2.0**-7, 10.0, 100.0])

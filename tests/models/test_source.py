@@ -152,7 +152,9 @@ def test_config_that_is_no_object(folder: Path, text: str) -> None:
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "PixArtTransformer2DModel", "Transformer2DModel", None, 7])
 def test_unknown_model_class(folder: Path, name: object) -> None:
     edit_json(folder / "config.json", _class_name=name, norm_type="ada_norm_single")
-    refused(lambda: build_skeleton(find_model(folder)), str(folder / "config.json"), repr(name), "DiTTransformer2DModel")
+    refused(
+        lambda: build_skeleton(find_model(folder)), str(folder / "config.json"), repr(name), "DiTTransformer2DModel"
+    )
 
 
 def test_unknown_config_keys(folder: Path) -> None:
@@ -221,9 +223,7 @@ def test_legacy_transformer_2d_model(tmp_path: Path) -> None:
     shape = {"num_layers": 2, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": CLASSES}
     fixed = {"norm_type": "ada_norm_zero", "norm_elementwise_affine": False, "attention_bias": True}
     torch.manual_seed(0)
-    legacy = diffusers.models.Transformer2DModel(
-        **settings, **shape, **fixed, activation_fn="gelu-approximate"
-    ).eval()
+    legacy = diffusers.models.Transformer2DModel(**settings, **shape, **fixed, activation_fn="gelu-approximate").eval()
     legacy.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "Transformer2DModel"
     model = load_float_transformer(find_model(tmp_path))

@@ -280,7 +280,10 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 
 def test_tensor_in_two_shards(tmp_path: Path) -> None:
-    files = {"x-1.safetensors": {"a": torch.ones(2), "c": torch.ones(1)}, "x-2.safetensors": {"a": torch.zeros(2), "b": torch.ones(1)}}
+    files = {
+        "x-1.safetensors": {"a": torch.ones(2), "c": torch.ones(1)},
+        "x-2.safetensors": {"a": torch.zeros(2), "b": torch.ones(1)},
+    }
     with pytest.raises(CheckpointError) as info:
         read_weights(shards(tmp_path, files))
     require_complete(info.value, str(tmp_path / "x-2.safetensors"), "'a'", "two shards")

@@ -205,6 +205,7 @@ def test_nearest_levels_are_int8_where_they_fit() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_float32_of_the_upper_half_of_its_bits(name: str) -> None:
     """2^24 float32 numbers: all signs and exponents, 15 bits of fraction."""

@@ -19,7 +19,16 @@ from PIL import Image
 
 from hqdit.errors import NumericsError, UsageError
 from hqdit.report import figures
-from hqdit.report.figures import GRID_GAP, FigureFormat, eps_sqnr_figure, image_grid, layer_sqnr_figure
+from hqdit.report.figures import (
+    GRID_GAP,
+    PANEL_GAP,
+    TITLE_PIXELS,
+    FigureFormat,
+    eps_sqnr_figure,
+    image_grid,
+    layer_sqnr_figure,
+    titled_grids,
+)
 
 TAILS = ["norm1.linear", "attn1.to_q", "ff.net.2"]
 LAYERS = [f"transformer_blocks.{block}.{tail}" for block in range(3) for tail in TAILS]
@@ -246,3 +255,20 @@ def test_charts_refuse_nan() -> None:
         layer_sqnr_figure({"m": {"x": math.nan}})
     with pytest.raises(NumericsError, match="noise prediction figure: found a NaN for 'm'"):
         eps_sqnr_figure({"m": [(0, math.nan)]})
+
+
+def test_titled_grids_keep_every_pixel_and_stand_side_by_side():
+    shades = [np.full((1, 4, 4, 1), value, dtype=np.uint8) for value in (0, 100, 200)]
+    panels = [(f"panel {index}", image_grid(shade, columns=1, scale=8)) for index, shade in enumerate(shades)]
+    side = 4 * 8 + 2 * GRID_GAP
+    picture = np.asarray(Image.open(io.BytesIO(titled_grids(panels, columns=2))).convert("L"))
+    width, height = side + PANEL_GAP, side + TITLE_PIXELS
+    assert picture.shape == (2 * height, 2 * width)
+    for index, value in enumerate((0, 100, 200)):
+        top = (index // 2) * height + TITLE_PIXELS + GRID_GAP
+        left = (index % 2) * width + PANEL_GAP // 2 + GRID_GAP
+        assert (picture[top : top + 32, left : left + 32] == value).all()
+    assert (picture[:TITLE_PIXELS, :width] < 128).any()  # the title is drawn
+    assert titled_grids(panels) == titled_grids(panels)
+    with pytest.raises(UsageError, match="0 panels"):
+        titled_grids([])

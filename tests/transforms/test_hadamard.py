@@ -167,9 +167,7 @@ def test_refusal_without_any_block() -> None:
 
 @pytest.mark.parametrize("width", [72, 144, 576, 1152])
 def test_usable_blocks_divide_and_exist(width: int) -> None:
-    assert usable_blocks(width) == [
-        size for size in range(4, width + 1) if width % size == 0 and has_paley_order(size)
-    ]
+    assert usable_blocks(width) == [size for size in range(4, width + 1) if width % size == 0 and has_paley_order(size)]
 
 
 # The fast transform

@@ -284,7 +284,20 @@ def test_block_without_a_matrix_is_a_usage_error(order: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "block", "block:", "block:abc", "block:-4", "block:0", "block:1", "block:4.0", "block:²", "blocks:4", "Full", "half"],
+    [
+        "",
+        "block",
+        "block:",
+        "block:abc",
+        "block:-4",
+        "block:0",
+        "block:1",
+        "block:4.0",
+        "block:²",
+        "blocks:4",
+        "Full",
+        "half",
+    ],
 )
 def test_other_words_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="needed full, none or block:B"):
@@ -292,7 +305,8 @@ def test_other_words_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "block"), [("block", 144, 64), ("full", 144, 72), ("none", 144, 2), ("block", 144, 0), ("half", 8, 8)]
+    ("kind", "width", "block"),
+    [("block", 144, 64), ("full", 144, 72), ("none", 144, 2), ("block", 144, 0), ("half", 8, 8)],
 )
 def test_specs_that_would_mix_tokens_are_refused(kind: str, width: int, block: int) -> None:
     with pytest.raises(UsageError, match="blocks that divide the width"):

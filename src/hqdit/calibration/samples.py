@@ -36,7 +36,7 @@ class CalibrationSet:
         origin: where the data came from, for the record.
 
     Raises:
-        NumericsError: empty, unequal lengths, or NaN; the message names the field and the first sample.
+        NumericsError: empty, unequal lengths, other dtypes, or NaN; the message names the field and the first sample.
     """
 
     latents: Tensor
@@ -45,14 +45,9 @@ class CalibrationSet:
     origin: str = "given"
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in _FIELDS}
-        if (
-            len(set(lengths.values())) != 1
-            or self.latents.ndim != 4
-            or self.timesteps.ndim != 1
-            or self.classes.ndim != 1
-        ):
-            shapes = {name: tuple(getattr(self, name).shape) for name in _FIELDS}
+        shapes = {name: tuple(getattr(self, name).shape) for name in _FIELDS}
+        dimensions = [len(shape) for shape in shapes.values()]
+        if dimensions != [4, 1, 1] or len({shape[0] for shape in shapes.values()}) != 1:
             raise NumericsError(
                 f"calibration ({self.origin}): found shapes {shapes}, needed latents (n, channels, height, width) with "
                 "timesteps (n,) and classes (n,). Fix: give all three fields one entry per sample"
@@ -62,13 +57,13 @@ class CalibrationSet:
                 f"calibration ({self.origin}): found no samples, needed at least 1. Fix: raise --calibration-samples"
             )
         if (
-            not self.latents.is_floating_point()
+            self.latents.dtype != torch.float32
             or self.timesteps.is_floating_point()
             or self.classes.is_floating_point()
         ):
             dtypes = {name: str(getattr(self, name).dtype) for name in _FIELDS}
             raise NumericsError(
-                f"calibration ({self.origin}): found dtypes {dtypes}, needed floating point latents and integer "
+                f"calibration ({self.origin}): found dtypes {dtypes}, needed float32 latents and integer "
                 "timesteps and classes. Fix: convert the fields"
             )
         is_bad = ~torch.isfinite(self.latents).flatten(1).all(dim=1)

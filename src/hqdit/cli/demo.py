@@ -11,6 +11,7 @@ import typer
 from hqdit.cli.options import (
     BackendName,
     Debug,
+    Device,
     Guidance,
     JsonFile,
     Overwrite,
@@ -42,6 +43,7 @@ def demo(
     json_file: JsonFile = None,
     seed: Seed = 0,
     quiet: Quiet = False,
+    device: Device = "cpu",
     backend: BackendName = "torch",
     threads: Threads = None,
     debug: Debug = False,
@@ -50,7 +52,7 @@ def demo(
     require_count("--num", num)
     require_count("--calibration-samples", calibration_samples)
     start = time.perf_counter()
-    with running(quiet_mode=quiet, backend=backend, threads=threads, seed=seed):
+    with running(quiet_mode=quiet, device=device, backend=backend, threads=threads, seed=seed) as options:
         from hqdit.evaluation.demo import compare_presets
         from hqdit.evaluation.surrogate import SurrogateClassifier
         from hqdit.models.outliers import DEFAULT_SHARE, inject_outliers
@@ -59,6 +61,7 @@ def demo(
         from hqdit.pipeline.environment import describe_environment
         from hqdit.pipeline.publish import publish_folder, require_free
         from hqdit.report.document import render_demo_report
+        from hqdit.report.figures import titled_grids
         from hqdit.report.tables import render_text_table
         from hqdit.sampling.sampler import SamplingConfig
 
@@ -66,7 +69,7 @@ def demo(
         require_free(out, overwrite)
         folder = find_model("digits")
         scheduler = load_scheduler(folder)
-        plain, with_outliers = load_float_transformer(folder), load_float_transformer(folder)
+        plain, with_outliers = (load_float_transformer(folder).to(options.device) for _ in range(2))
         inject_outliers(with_outliers, OUTLIER_FACTOR, DEFAULT_SHARE, seed)
         models = {"digits": plain, f"digits, outliers c = {OUTLIER_FACTOR:g}": with_outliers}
         presets = {name: PRESETS[name] for name in ("minmax", "hqdit")}
@@ -102,21 +105,22 @@ def demo(
                 "float32 rows of both models compute the same function; small differences are rounding.",
                 f"The features of {extractor} come from a small classifier trained on the same digits.",
             ]
-            report = render_demo_report(
-                rows, _grids(results), _figures(results), facts, extractor=extractor, notes=notes
-            )
+            grids = _grids(results)
+            report = render_demo_report(rows, grids, _figures(results), facts, extractor=extractor, notes=notes)
+            (staged / "samples.png").write_bytes(titled_grids([(title, png) for title, _, png in grids]))
             (staged / "report.html").write_text(report, encoding="utf-8")
-        record = {
-            "rows": [row.to_json() for row in rows],
-            "results": {label: [result.to_json() for result in methods] for label, methods in results.items()},
-            "extractor": extractor,
-            "steps": steps,
-            "guidance": guidance,
-            "images": num,
-            "calibration_samples": calibration_samples,
-            "seed": seed,
-            "environment": environment,
-        }
+            record = {
+                "rows": [row.to_json() for row in rows],
+                "results": {label: [result.to_json() for result in methods] for label, methods in results.items()},
+                "extractor": extractor,
+                "steps": steps,
+                "guidance": guidance,
+                "images": num,
+                "calibration_samples": calibration_samples,
+                "seed": seed,
+                "environment": environment,
+            }
+            write_json(staged / "record.json", record)
         write_json(json_file, record)
         if not quiet:
             typer.echo(render_text_table(rows, extractor))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from hqdit.cli.quantize import quantize
 from hqdit.cli.sample import sample
 from hqdit.errors import EnvironmentUnavailable, HQDiTError, ResourceError, UsageError
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 _RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EROFS, errno.EACCES, errno.EPERM}
 
 app = typer.Typer(
@@ -106,6 +107,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def _terminate(_number: int, _frame: object) -> None:
+    raise SystemExit(EXIT_TERMINATED)
+
+
 def main() -> None:
     """Entry point of the `hqdit` script."""
+    # Unwinds the stack, so that temporary output is removed, where the default would end the process at once.
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run())

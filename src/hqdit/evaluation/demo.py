@@ -108,6 +108,7 @@ def compare_presets(
     classifier = SurrogateClassifier.load()
     reference = GaussianStatistics.from_features(classifier.features(held_out_digits()[0]))
     classes = [index % 10 for index in range(images)]
+    device = next(model.parameters()).device
 
     def sampled(which: nn.Module, method: str) -> tuple[Tensor, float, float]:
         pictures = generate_images(
@@ -129,7 +130,7 @@ def compare_presets(
         quantized = quantize(copy.deepcopy(model), config, calibration)
         seconds = time.perf_counter() - start + (calibration_seconds if config.needs_calibration else 0.0)
         save(quantized, out / method, folder)
-        reloaded = load(out / method)  # what is measured is what lies on disk
+        reloaded = load(out / method, device=device)  # what is measured is what lies on disk
         noise = noise_fidelity(model, reloaded, inputs, sampling.guidance)
         pictures, accuracy, distance = sampled(reloaded, method)
         results.append(

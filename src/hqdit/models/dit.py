@@ -129,6 +129,7 @@ class DiTAdapter(ModelAdapter):
                 factor = factors.get(f"transformer_blocks.{index}.{group}")
                 if factor is None:
                     continue
+                factor = factor.to(modulation.weight.device)
                 shift = slice(part * width, (part + 1) * width)
                 scale = slice((part + 1) * width, (part + 2) * width)
                 for rows in (shift, scale):

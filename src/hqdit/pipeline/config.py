@@ -152,9 +152,19 @@ class QuantizationConfig:
         """From a dictionary or a JSON text.
 
         Raises:
-            UsageError: an unknown key, or a value out of range.
+            UsageError: no JSON object, an unknown key, or a value out of range.
         """
-        found = json.loads(values) if isinstance(values, str) else values
+        try:
+            found = json.loads(values) if isinstance(values, str) else values
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"QuantizationConfig: found no valid JSON ({error}), needed an object. Fix: write it with to_json"
+            ) from error
+        if not isinstance(found, dict):
+            raise UsageError(
+                f"QuantizationConfig: found {type(found).__name__}, needed a dictionary or the JSON text of an object. "
+                "Fix: write it with to_json"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(found.keys() - known)
         if unknown:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from hqdit.errors import UsageError
+from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import LinearSite, adapter_for
 from hqdit.pipeline.config import SELECT_FP4, QuantizationConfig
 from hqdit.quantizers.spec import require_group_size
@@ -67,8 +68,8 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
     """Decide layer by layer; changes nothing.
 
     Raises:
-        UsageError: a pattern that matches nothing, nothing left to quantize, or a block or group size that does not
-            divide a width.
+        UsageError: a pattern that matches nothing, nothing left to quantize, a layer that is quantized already, or a
+            block or group size that does not divide a width.
         NumericsError: a width without a Hadamard matrix; the message names the layer and the blocks that would work.
     """
     adapter = adapter_for(model)
@@ -86,7 +87,7 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
         if site.name not in chosen:
             continue
         linear = model.get_submodule(site.name)
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, nn.Linear) or isinstance(linear, HQLinear):
             raise UsageError(
                 f"{site.name}: found {type(linear).__name__}, needed a float linear layer. "
                 "Fix: start from a float model"

@@ -59,29 +59,31 @@ def publish_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the body ends without an error.
 
     With `overwrite`, what was at `out` is moved aside first and deleted last, so that a whole folder, old or new, is
-    there at every moment but the one between two renames.
+    there at every moment but the one between two renames. After an error everything is as it was before.
     """
     target = out.expanduser().resolve()
     created = _make_parents(target.parent)
-    staged = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    staged.mkdir()
+    staged, replaced = (target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}" for _ in range(2))
+    is_publishing = False
     try:
+        staged.mkdir()
         yield staged
         _flush_tree(staged)
-        replaced = None
         if target.exists() and overwrite:
-            replaced = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
             os.rename(target, replaced)
+        is_publishing = True
         os.rename(staged, target)
         _flush(target.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
     except BaseException:
+        if is_publishing and not staged.exists():
+            os.rename(target, staged)
+        if replaced.exists():
+            os.rename(replaced, target)
         shutil.rmtree(staged, ignore_errors=True)
-        for folder in reversed(created):
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        _remove_empty(created)
         raise
+    if replaced.exists():
+        shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -91,10 +93,17 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    """Undo `_make_parents`, except for folders that somebody has put something into."""
+    for folder in reversed(folders):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def publish_text(out: Path, text: str) -> None:
     """Write a text file so that it is either the old one or the whole new one."""
     target = out.expanduser().resolve()
-    _make_parents(target.parent)
+    created = _make_parents(target.parent)
     staged = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
         staged.write_text(text, encoding="utf-8")
@@ -103,4 +112,5 @@ def publish_text(out: Path, text: str) -> None:
         _flush(target.parent)
     except BaseException:
         staged.unlink(missing_ok=True)
+        _remove_empty(created)
         raise

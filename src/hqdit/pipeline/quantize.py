@@ -70,7 +70,7 @@ def quantize(
         `model`, with a `QuantizationRecord` as its attribute `quantization_record`.
 
     Raises:
-        UsageError: not float32, calibration missing, or options that do not fit the model.
+        UsageError: not float32, in training mode, calibration missing, or options that do not fit the model.
         CheckpointError: no adapter for this class, or quantized already.
         NumericsError: bad calibration data, a width without a matrix, or a Hessian that cannot be factored.
 
@@ -79,10 +79,14 @@ def quantize(
     config = config or QuantizationConfig()
     _require_float32(model)
     plan = plan_quantization(model, config)
+    if model.training:
+        raise UsageError(
+            "quantize: found a model in training mode, where DiT drops class labels at random, needed evaluation mode. "
+            "Fix: call model.eval()"
+        )
     if config.needs_calibration and calibration is None:
         raise UsageError(
-            "quantize: found no calibration data, but this configuration needs it (GPTQ or static scales). "
-            "Fix: pass CalibrationSet.from_sampler(model, scheduler), or use gptq=False with dynamic scales"
+            "quantize: found no calibration data, needed a CalibrationSet for GPTQ or static scales. Fix: pass CalibrationSet.from_sampler(model, scheduler), or use gptq=False with dynamic scales"
         )
     record = QuantizationRecord(config, parameters=sum(p.numel() for p in model.parameters()))
     record.dtypes = _storage_dtypes(model, config)

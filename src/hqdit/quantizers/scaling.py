@@ -18,8 +18,11 @@ MSE_FRACTIONS = tuple(1.0 - 0.01 * step for step in range(61))
 
 
 def absmax(x: Tensor, fmt: NumberFormat) -> Tensor:
-    """Largest magnitude along the last axis that the format can follow; NaN where `x` holds one."""
-    return x.abs().amax(dim=-1) if fmt.is_signed else x.amax(dim=-1).clamp_min(0)
+    """Largest magnitude along the last axis that the format can follow; not finite where `x` is not."""
+    magnitude = x.abs().amax(dim=-1)
+    if fmt.is_signed:
+        return magnitude
+    return torch.where(torch.isfinite(magnitude), x.amax(dim=-1).clamp_min(0), magnitude)
 
 
 def absmax_scale(x: Tensor, fmt: NumberFormat) -> Tensor:

@@ -30,6 +30,8 @@ from hqdit.report.tables import visible_text
 FigureFormat = Literal["png", "svg"]
 
 #: White pixels between the images of a grid and around them.
+#: Resolution of pictures that hold grids, the height of a title above each, and the space between them.
+PANEL_DPI, TITLE_PIXELS, PANEL_GAP = 100, 26, 12
 GRID_GAP = 2
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers (their yellow is too pale for lines); markers
@@ -110,6 +112,40 @@ def image_grid(images: npt.NDArray[np.uint8], columns: int = 10, scale: int = 4)
         canvas[top : top + height, left : left + width] = image
     buffer = io.BytesIO()
     Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas).save(buffer, format="PNG", compress_level=9)
+    return buffer.getvalue()
+
+
+def titled_grids(panels: Sequence[tuple[str, bytes]], columns: int = 3) -> bytes:
+    """A PNG of equally large grids side by side, each under its title.
+
+    Args:
+        panels: (title, PNG as `image_grid` returns it), at least one.
+        columns: panels in a row, at least 1.
+
+    Raises:
+        UsageError: no panels.
+    """
+    if not panels or columns < 1:
+        raise UsageError(
+            f"titled grids: found {len(panels)} panels in {columns} columns, needed at least one of both. "
+            "Fix: pass some"
+        )
+    pictures = [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for _, png in panels]
+    height, width = pictures[0].shape[0], pictures[0].shape[1] + PANEL_GAP
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    with _house_style():
+        # A pixel of a grid is a pixel of the picture, so that nothing is resampled.
+        size = (columns * width, rows * (height + TITLE_PIXELS))
+        figure = Figure(figsize=(size[0] / PANEL_DPI, size[1] / PANEL_DPI), dpi=PANEL_DPI)
+        for index, ((title, _), picture) in enumerate(zip(panels, pictures, strict=True)):
+            row, column = divmod(index, columns)
+            bottom = size[1] - (row + 1) * (height + TITLE_PIXELS)
+            figure.figimage(picture, xo=column * width + PANEL_GAP // 2, yo=bottom)
+            middle, top = (column + 0.5) * width / size[0], (bottom + height + TITLE_PIXELS / 2) / size[1]
+            figure.text(middle, top, visible_text(title), ha="center", va="center", fontsize=9, parse_math=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=PANEL_DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -134,8 +134,8 @@ def sample_latents(
     algorithm = str(scheduler.config.get("algorithm_type", ""))
     if any(m in type(scheduler).__name__ for m in STOCHASTIC_SCHEDULERS) or algorithm.startswith("sde"):
         raise CheckpointError(
-            f"scheduler: found {' '.join((type(scheduler).__name__, algorithm)).strip()}, which draws new noise at every step, needed a deterministic "
-            "one. Fix: replace the pipeline's scheduler by DDIMScheduler"
+            f"scheduler: found {f'{type(scheduler).__name__} {algorithm}'.strip()}, which draws new noise at every "
+            "step, needed a deterministic one. Fix: replace the pipeline's scheduler by DDIMScheduler"
         )
     require_steps(scheduler, config.steps)
     scheduler.set_timesteps(config.steps)
@@ -188,8 +188,8 @@ def generate_images(
     """
     if not classes or batch_size < 1:
         raise UsageError(
-            f"--classes, batch size: found {len(classes)} images in batches of {batch_size}, needed at least 1 of each. "
-            "Fix: ask for an image"
+            f"--classes, batch size: found {len(classes)} images in batches of {batch_size}, needed at least 1 of "
+            "each. Fix: ask for an image"
         )
     require_classes(list(classes), model)
     device = next(model.parameters()).device
