@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint soak train-digits train-classifier check-digits stress package clean
+.PHONY: help demo test lint soak train-digits train-classifier check-digits stress records readme package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-18s%s\n", $$1, $$2}'
@@ -46,6 +46,14 @@ check-digits: $(VENV)/.stamp-train ## measure the bundled digits model: classes 
 
 stress: $(VENV)/.stamp-run ## measure what activation outliers cost (c = 1, 10, 30, 100) and write the record
 	$(BIN)/python benchmarks/outlier_stress.py --json docs/records/outlier_stress.json
+
+records: demo stress ## run demo and stress, keep their records and picture, and write README's tables from them
+	cp demo/record.json docs/records/demo.json
+	cp demo/samples.png docs/images/samples.png
+	$(MAKE) readme
+
+readme: $(VENV)/.stamp-run ## write README's tables from docs/records
+	$(BIN)/python benchmarks/update_readme.py
 
 package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/
 	rm -rf dist

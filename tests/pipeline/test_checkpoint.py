@@ -392,7 +392,7 @@ def test_description_that_is_no_object(folder: Path, value: object) -> None:
     refused(folder, str(folder / "config.json"))
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5, True, [1]], ids=repr)
+@pytest.mark.parametrize("version", [2, 0, -1, "1", None, 1.5, [1]], ids=repr)
 def test_other_format_versions(folder: Path, version: object) -> None:
     describe(folder, format_version=version)
     refused(folder, str(folder / "config.json"), repr(version), "upgrade hqdit")

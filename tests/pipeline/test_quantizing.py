@@ -45,9 +45,8 @@ NEAREST = {"gptq": False, "rotation": "none"}  # the fastest, where the option u
 
 #: Name -> options, and the least SQNR of the predicted noise, in dB.
 #:
-#: The floors are what the bits promise: 4-bit operands have steps of at most a quarter of a token's or channel's largest
-#: number, and the random model measures 6 dB (E3M0) to 12 dB; a wrong scale, sign or basis anywhere gives 0 dB or less.
-#: Each bit more is worth 6 dB where the other operand follows.
+#: With 4 bits the random model measures 6 dB (E3M0) to 12 dB, and each bit more is worth 6 dB where the other operand
+#: follows; the floors lie 1 to 5 dB below, while a wrong scale, sign or basis anywhere gives 0 dB or less.
 OPTIONS: dict[str, tuple[dict[str, Any], float]] = {
     "hqdit": ({}, 9.0),
     "minmax": ({"weights": "e2m1", **NEAREST}, 7.0),

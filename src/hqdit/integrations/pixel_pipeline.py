@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
+from hqdit.errors import UsageError
 from hqdit.sampling.sampler import SamplingConfig, generate_images, to_uint8
 
 
@@ -49,9 +50,11 @@ class PixelDiTPipeline(DiffusionPipeline):  # type: ignore[misc]
             output_type: "pil", or "pt" for a uint8 tensor (samples, height, width, channels).
 
         Raises:
-            UsageError: a class, step count or guidance out of range.
+            UsageError: a class, step count or guidance out of range, or another output type.
             NumericsError: non-finite latents.
         """
+        if output_type not in ("pil", "pt"):
+            raise UsageError(f"output_type: found {output_type!r}, needed 'pil' or 'pt'. Fix: pass one of them")
         config = SamplingConfig(num_inference_steps, guidance_scale)
         images = to_uint8(generate_images(self.transformer, self.scheduler, None, class_labels, config, seed))
         return ImagePipelineOutput(images=as_pil(images) if output_type == "pil" else images)

@@ -16,7 +16,7 @@ from hqdit.errors import CheckpointError, UsageError
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import adapter_for
 from hqdit.models.source import CONFIG_NAME, ModelFolder, build_skeleton, find_model, load_float_transformer
-from hqdit.models.weights import WEIGHTS_NAME, read_weights, require_finite, require_state
+from hqdit.models.weights import WEIGHTS_NAME, read_weights, require_finite, require_float, require_state
 from hqdit.numerics.codes import unpack_codes
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.publish import publish_folder, require_free
@@ -181,12 +181,21 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
     try:
         config = QuantizationConfig.from_json(description["config"])
         entries = dict(description["layers"])
-        shared = dict(description["shared_tensors"])
+        shared = {alias: str(stored) for alias, stored in dict(description["shared_tensors"]).items()}
         facts = {name: dict(entry["record"]) for name, entry in entries.items()}
         has_bias = {name: bool(entry["bias"]) for name, entry in entries.items()}
-    except (UsageError, TypeError, KeyError, ValueError) as error:
+        rotation_error = description["rotation_error"]
+        record = QuantizationRecord(
+            config,
+            dict(description["calibration"]),
+            None if rotation_error is None else float(rotation_error),
+            facts,
+            int(description["parameters"]),
+        )
+    except (UsageError, TypeError, KeyError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{where / CONFIG_NAME}: quantization_config cannot be read ({error}). Fix: quantize the model again"
+            f"{where / CONFIG_NAME}: found a quantization_config that cannot be read ({error}), needed one of format "
+            f"version {FORMAT_VERSION}. Fix: quantize the model again"
         ) from error
     model = build_skeleton(folder)
     for name, entry in entries.items():
@@ -197,24 +206,22 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
     for alias, stored in shared.items():
         if alias in tensors or stored not in tensors:
             raise CheckpointError(
-                f"{where / CONFIG_NAME}: shared_tensors says that {alias!r} is stored as {stored!r}, which is not so. "
-                "Fix: quantize the model again"
+                f"{where / CONFIG_NAME}: found {alias!r} stored as {stored!r} in shared_tensors, which is not so in "
+                "the file, needed names that fit it. Fix: quantize the model again"
             )
         tensors[alias] = tensors[stored]
     needed = model.state_dict()
     require_state(tensors, needed, where)
-    require_finite(tensors, where)
-    record = QuantizationRecord(config, description["calibration"], description["rotation_error"], facts)
-    record.parameters = int(description["parameters"])
-    for name, tensor in tensors.items():
-        exact = needed[name].dtype
-        is_scale_or_code = name.rpartition(".")[0] in entries and not name.endswith(".bias")
-        if is_scale_or_code and tensor.dtype != exact:
+    kept = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in entries or n.endswith(".bias")}
+    require_float(kept, where)
+    record.dtypes = {name: tensor.dtype for name, tensor in kept.items()}
+    for name in sorted(tensors.keys() - kept.keys()):
+        if tensors[name].dtype != needed[name].dtype:
             raise CheckpointError(
-                f"{where}: tensor {name!r} has dtype {tensor.dtype}, needed {exact}. Fix: quantize the model again"
+                f"{where}: tensor {name!r} has dtype {tensors[name].dtype}, needed {needed[name].dtype}. "
+                "Fix: quantize the model again"
             )
-        if not is_scale_or_code and tensor.is_floating_point():
-            record.dtypes[name] = tensor.dtype
+    require_finite(tensors, where)
     model.load_state_dict({name: tensor.to(needed[name].dtype) for name, tensor in tensors.items()})
     for name, layer in quantized_layers(model).items():
         _require_sound(name, layer, where)
@@ -230,13 +237,14 @@ def _require_same_shape(model: nn.Module, name: str, spec: LinearSpec, where: Pa
         linear = None
     if not isinstance(linear, nn.Linear):
         raise CheckpointError(
-            f"{where / CONFIG_NAME}: quantization_config names the layer {name!r}, which is no linear layer of this "
-            "model. Fix: quantize the model again"
+            f"{where / CONFIG_NAME}: found the layer {name!r} in quantization_config, which is no linear layer of this "
+            "model, needed one that is. Fix: quantize the model again"
         )
     if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
         raise CheckpointError(
-            f"{where / CONFIG_NAME}: layer {name} is {linear.in_features} -> {linear.out_features} in the model but "
-            f"{spec.in_features} -> {spec.out_features} in quantization_config. Fix: quantize the model again"
+            f"{where / CONFIG_NAME}: found {spec.in_features} -> {spec.out_features} for layer {name} in "
+            f"quantization_config, needed {linear.in_features} -> {linear.out_features} as in the model. "
+            "Fix: quantize the model again"
         )
 
 

@@ -86,7 +86,8 @@ def quantize(
         )
     if config.needs_calibration and calibration is None:
         raise UsageError(
-            "quantize: found no calibration data, needed a CalibrationSet for GPTQ or static scales. Fix: pass CalibrationSet.from_sampler(model, scheduler), or use gptq=False with dynamic scales"
+            "quantize: found no calibration data, needed a CalibrationSet for GPTQ or static scales. "
+            "Fix: pass CalibrationSet.from_sampler(model, scheduler), or use gptq=False with dynamic scales"
         )
     record = QuantizationRecord(config, parameters=sum(p.numel() for p in model.parameters()))
     record.dtypes = _storage_dtypes(model, config)
