@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tiny import tiny_dit
 
 from hqdit.analysis.inspection import inspect_checkpoint
 from hqdit.errors import CheckpointError
 from hqdit.pipeline.checkpoint import save
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
-from tests.tiny import tiny_dit
 
 
 def test_bits_and_bytes_are_those_of_the_file(tmp_path):

@@ -280,7 +280,8 @@ def test_too_large_for_float32(tmp_path: Path) -> None:
         ("classes", -1, "0 to 5"),
         ("classes", 6, "0 to 5"),
         ("classes", 2**40, "0 to 5"),
-        ("timesteps", -1, "at least 0"),
+        ("timesteps", -1, "0 to 999"),
+        ("timesteps", 1000, "0 to 999"),
     ],
 )
 def test_values_that_the_model_does_not_know(name: str, value: int, needed: str) -> None:

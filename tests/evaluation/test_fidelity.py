@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from tiny import tiny_dit
 
 from hqdit.errors import NumericsError, UsageError
 from hqdit.evaluation.fidelity import (
@@ -23,9 +24,8 @@ from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
 from hqdit.sampling.noise import CALIBRATION, EVALUATION, SAMPLE, starting_noise
 from hqdit.sampling.sampler import SamplingConfig
-from tests.tiny import tiny_dit
 
-SAMPLING = SamplingConfig(steps=3, guidance=2.0)
+SAMPLING = SamplingConfig(steps=8, guidance=2.0)
 NEAREST = QuantizationConfig(gptq=False)
 
 
@@ -50,13 +50,18 @@ def sqnr(exact, approximate):
 
 
 def test_inputs_are_every_step_of_float_trajectories_from_evaluation_noise(exact, inputs):
-    assert inputs.timesteps == (666, 333, 0)
+    assert inputs.timesteps == (875, 750, 625, 500, 375, 250, 125, 0)
     first = starting_noise(5, EVALUATION, range(PAIRS), (1, 8, 8))
     assert torch.equal(inputs.latents[0], first)
-    assert len(inputs.latents) == 3 and all(latents.shape == (PAIRS, 1, 8, 8) for latents in inputs.latents)
+    assert len(inputs.latents) == 8 and all(latents.shape == (PAIRS, 1, 8, 8) for latents in inputs.latents)
     for purpose in (CALIBRATION, SAMPLE):
         other = starting_noise(5, purpose, range(PAIRS), (1, 8, 8))
         assert not torch.equal(first, other) and (first - other).abs().min() > 0
+
+
+def test_a_model_that_samples_in_few_steps_is_judged_at_eight(exact, inputs):
+    few = evaluation_inputs(exact, DDIMScheduler(clip_sample=False), SamplingConfig(steps=3, guidance=2.0), seed=5)
+    assert few.timesteps == inputs.timesteps
 
 
 def test_noise_sqnr_is_the_pooled_ratio_of_each_branch(exact, quantized, inputs):
@@ -92,7 +97,7 @@ def test_a_model_against_itself_is_exact(exact, inputs):
 def test_a_nan_prediction_is_refused(exact, quantized, inputs):
     broken = copy.deepcopy(quantized)
     next(iter(quantized_layers(broken).values())).weight_scale.fill_(math.nan)
-    with pytest.raises(NumericsError, match="time step 666"):
+    with pytest.raises(NumericsError, match="time step 875"):
         noise_fidelity(exact, broken, inputs, guidance=2.0)
 
 

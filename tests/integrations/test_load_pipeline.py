@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from diffusers import DiTPipeline
+from tiny import ddim, edit_json, latent_dit, save_pipeline, tiny_dit, tiny_vae
 
 import hqdit
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
-from tests.tiny import ddim, edit_json, latent_dit, save_pipeline, tiny_dit, tiny_vae
 
 
 def test_a_pipeline_with_an_autoencoder_runs_through_diffusers(tmp_path):

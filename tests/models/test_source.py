@@ -70,10 +70,12 @@ def test_bundled_model() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_a_folder_goes_before_a_bundled_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundled_name_goes_before_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_dit().save_pretrained(tmp_path / "digits")
     monkeypatch.chdir(tmp_path)
-    assert find_model("digits").root == Path("digits")
+    assert find_model("digits").root != Path("digits") and find_model("digits").config["sample_size"] == 8
+    for folder in ("./digits", Path("digits")):
+        assert find_model(folder).root.resolve() == tmp_path / "digits"
 
 
 @pytest.mark.parametrize(

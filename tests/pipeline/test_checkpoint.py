@@ -34,6 +34,8 @@ from torch import Tensor
 
 import hqdit
 from hqdit.errors import CheckpointError, HQDiTError, UsageError
+from hqdit.models import weights
+from hqdit.models.dit import SharedInputAttention
 from hqdit.models.source import find_model, load_scheduler
 from hqdit.models.weights import WEIGHTS_NAME
 from hqdit.pipeline import checkpoint
@@ -199,6 +201,11 @@ def test_load(original: Path) -> None:
     assert not model.training
     assert state_hash(model) == state_hash(again)
     assert torch.equal(predicted(model), predicted(again))
+
+
+def test_loaded_attention_quantizes_its_input_once(original: Path) -> None:
+    model: Any = load(original)
+    assert all(isinstance(block.attn1.processor, SharedInputAttention) for block in model.transformer_blocks)
 
 
 def test_load_in_another_dtype(original: Path) -> None:
@@ -597,7 +604,7 @@ def test_failure_in_the_middle(
     elif at == "copy":
         monkeypatch.setattr(checkpoint.shutil, "copyfile", broken)
     else:
-        monkeypatch.setattr(checkpoint, "save_file", broken)
+        monkeypatch.setattr(weights, "save_file", broken)
     with pytest.raises((OSError, HQDiTError)):
         save(model, out, pipeline, overwrite=existed)
     monkeypatch.undo()

@@ -416,8 +416,8 @@ def test_zero_channels_are_counted_and_stay_zero(options: dict[str, Any]) -> Non
     assert facts[fc2]["zero_output_channels"] == 2
     assert facts[to_q]["zero_output_channels"] == WIDTH
     assert facts[to_q]["zero_input_channels"] == WIDTH
-    # A rotation spreads the other channels over the silent one.
-    assert facts[to_k]["zero_input_channels"] == (1 if config.rotation == "none" else 0)
+    # Counted in the source: a rotation spreads the other channels over the silent one.
+    assert facts[to_k]["zero_input_channels"] == 1
     assert not layers[fc2].dequantized_weight()[[3, 5]].any()
     assert not layers[to_q].dequantized_weight().any()
     assert all(bool((layer.weight_scale > 0).all()) for layer in layers.values())

@@ -153,7 +153,12 @@ def test_formats_of_one_storage() -> None:
     assert spec_of(WeightSpec((INT6, INT8, E2M3))).is_int8
 
 
-@pytest.mark.parametrize("width", [1, 3, 143])
+def test_a_single_input_channel() -> None:
+    # torch 2.13's int8 product is wrong for one column, and nothing is gained by quantizing it
+    refused("1 input channels, needed at least 2", in_features=1)
+
+
+@pytest.mark.parametrize("width", [3, 143])
 def test_odd_width(width: int) -> None:
     refused(f"{width} input channels, needed an even number", in_features=width)
     assert spec_of(WeightSpec((INT8,)), in_features=width).in_features == width

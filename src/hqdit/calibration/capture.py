@@ -18,9 +18,6 @@ BATCH_SIZE = 64
 #: (time step, class) pairs behind a modulation layer's statistics: it sees one vector per sample, so that the
 #: calibration samples alone would leave its Hessian rank-deficient.
 MODULATION_PAIRS = 8192
-#: Modulation pairs draw their time steps from 0 .. 999, the range that DiT was trained on.
-TRAIN_TIMESTEPS = 1000
-
 #: Receives a layer's input, (tokens, in_features), batch after batch.
 InputConsumer = Callable[[Tensor], None]
 
@@ -58,7 +55,9 @@ class BlockStream:
         stream = random_stream(seed, "modulation pairs")
         null_class = self._adapter.null_class(model)
         top = self._adapter.num_classes(model) + (null_class is not None)
-        self._pair_timesteps = torch.from_numpy(stream.integers(0, TRAIN_TIMESTEPS, MODULATION_PAIRS))
+        self._pair_timesteps = torch.from_numpy(
+            stream.integers(0, self._adapter.train_timesteps(model), MODULATION_PAIRS)
+        )
         self._pair_classes = torch.from_numpy(stream.integers(0, top, MODULATION_PAIRS))
 
     @torch.no_grad()

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hqdit.errors import CheckpointError, NumericsError, UsageError
 from hqdit.models.adapter import adapter_for
-from hqdit.models.weights import read_safetensors
+from hqdit.models.weights import read_safetensors, write_safetensors
 from hqdit.randomness import random_stream
 from hqdit.sampling.noise import CALIBRATION, starting_noise
-from hqdit.sampling.sampler import SamplingConfig, sample_latents
+from hqdit.sampling.sampler import BATCH_SIZE, SamplingConfig, sample_latents
 
 DEFAULT_SAMPLES = 512
 #: Trajectories are run until there are enough tuples, and at least this many, so that several classes are seen.
@@ -98,14 +97,14 @@ class CalibrationSet:
                 "for this model. Fix: use data from the same model"
             )
         top = adapter.num_classes(model) if adapter.null_class(model) is not None else adapter.num_classes(model) - 1
-        for name, values, last in (("classes", self.classes, top), ("timesteps", self.timesteps, None)):
-            is_bad = (values < 0) | (values > last if last is not None else torch.zeros_like(values, dtype=torch.bool))
+        last_step = adapter.train_timesteps(model) - 1
+        for name, values, last in (("classes", self.classes, top), ("timesteps", self.timesteps, last_step)):
+            is_bad = (values < 0) | (values > last)
             if bool(is_bad.any()):
                 first = int(is_bad.nonzero()[0])
-                needed = f"0 to {last}" if last is not None else "at least 0"
                 raise NumericsError(
-                    f"calibration ({self.origin}): {name} of sample {first} is {int(values[first])}, needed {needed}. "
-                    "Fix: remove or correct the sample"
+                    f"calibration ({self.origin}): {name} of sample {first} is {int(values[first])}, needed "
+                    f"0 to {last}. Fix: remove or correct the sample"
                 )
 
     @classmethod
@@ -143,24 +142,27 @@ class CalibrationSet:
         repeats = -(-trajectories // adapter.num_classes(model))
         labels = [int(c) for _ in range(repeats) for c in stream.permutation(adapter.num_classes(model))][:trajectories]
         device = next(model.parameters()).device
-        classes = torch.tensor(labels, device=device)
-        noise = starting_noise(seed, CALIBRATION, range(trajectories), adapter.latent_shape(model)).to(device)
         seen: list[tuple[Tensor, int, Tensor]] = []
+        for start in range(0, trajectories, BATCH_SIZE):
+            indices = range(start, min(start + BATCH_SIZE, trajectories))
+            classes = torch.tensor(labels[start : indices.stop])
+            noise = starting_noise(seed, CALIBRATION, indices, adapter.latent_shape(model)).to(device)
 
-        def keep(_step: int, timestep: int, latents: Tensor) -> None:
-            seen.append((latents.clone(), timestep, classes))
-            if branches == 2:
-                seen.append((latents.clone(), timestep, torch.full_like(classes, null_class)))  # type: ignore[arg-type]
+            def keep(_step: int, timestep: int, latents: Tensor, classes: Tensor = classes) -> None:
+                seen.append((latents.cpu(), timestep, classes))
+                if branches == 2 and null_class is not None:
+                    seen.append((latents.cpu(), timestep, torch.full_like(classes, null_class)))
 
-        sample_latents(model, scheduler, noise, classes, sampling, keep, what="calibration trajectories")
+            what = "calibration trajectories"
+            sample_latents(model, scheduler, noise, classes.to(device), sampling, keep, what=what)
         latents = torch.cat([entry[0] for entry in seen])
         timesteps = torch.cat([torch.full_like(entry[2], entry[1]) for entry in seen])
         labels_seen = torch.cat([entry[2] for entry in seen])
-        chosen = torch.from_numpy(stream.permutation(len(latents))[:samples].copy()).to(device)
+        chosen = torch.from_numpy(stream.permutation(len(latents))[:samples].copy())
         origin = (
             f"sampler: {trajectories} trajectories, {sampling.steps} steps, guidance {sampling.guidance}, seed {seed}"
         )
-        return cls(latents[chosen].cpu(), timesteps[chosen].cpu(), labels_seen[chosen].cpu(), origin)
+        return cls(latents[chosen], timesteps[chosen], labels_seen[chosen], origin)
 
     @classmethod
     def from_file(cls, path: str | Path) -> CalibrationSet:
@@ -174,8 +176,8 @@ class CalibrationSet:
         missing = [name for name in _FIELDS if name not in tensors]
         if missing:
             raise CheckpointError(
-                f"{path}: found the tensors {sorted(tensors)}, needed {', '.join(_FIELDS)} "
-                f"(missing: {', '.join(missing)}). Fix: write them with CalibrationSet.save"
+                f"{path}: found {len(tensors)} tensors (first: {', '.join(sorted(tensors)[:3])}), needed "
+                f"{', '.join(_FIELDS)} (missing: {', '.join(missing)}). Fix: write them with CalibrationSet.save"
             )
         latents = tensors["latents"]
         latents = latents.to(torch.float32) if latents.is_floating_point() else latents
@@ -184,4 +186,4 @@ class CalibrationSet:
 
     def save(self, path: str | Path) -> None:
         """Write a file that `from_file` reads."""
-        save_file({name: getattr(self, name).contiguous() for name in _FIELDS}, path)
+        write_safetensors({name: getattr(self, name).contiguous() for name in _FIELDS}, Path(path))

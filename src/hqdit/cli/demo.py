@@ -19,8 +19,11 @@ from hqdit.cli.options import (
     Seed,
     Steps,
     Threads,
+    discarded_on_error,
     require_count,
+    require_json,
     running,
+    say,
     write_json,
 )
 
@@ -49,7 +52,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Quantize the bundled digits model, plain and with outliers, and write a report of what it cost."""
-    require_count("--num", num)
+    require_count("--num", num, at_least=2)  # the covariance of one image is none
     require_count("--calibration-samples", calibration_samples)
     start = time.perf_counter()
     with running(quiet_mode=quiet, device=device, backend=backend, threads=threads, seed=seed) as options:
@@ -67,6 +70,7 @@ def demo(
 
         sampling = SamplingConfig(steps, guidance)
         require_free(out, overwrite)
+        require_json(json_file, out)
         folder = find_model("digits")
         scheduler = load_scheduler(folder)
         plain, with_outliers = (load_float_transformer(folder).to(options.device) for _ in range(2))
@@ -121,10 +125,11 @@ def demo(
                 "environment": environment,
             }
             write_json(staged / "record.json", record)
-        write_json(json_file, record)
+        with discarded_on_error(out):
+            write_json(json_file, record)
         if not quiet:
-            typer.echo(render_text_table(rows, extractor))
-            typer.echo(f"{out / 'report.html'}: the report with images; checkpoints are beside it")
+            say(render_text_table(rows, extractor))
+            say(f"{out / 'report.html'}: the report with images; checkpoints are beside it")
 
 
 def _row(label: str, result: MethodResult) -> DemoRow:

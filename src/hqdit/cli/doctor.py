@@ -6,10 +6,8 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import typer
-
 import hqdit
-from hqdit.cli.options import Debug, JsonFile, write_json
+from hqdit.cli.options import Debug, JsonFile, require_json, say, write_json
 from hqdit.errors import EnvironmentUnavailable
 
 _LIBRARIES = ("torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "matplotlib", "jinja2")
@@ -30,12 +28,13 @@ def _state(name: str) -> str:
 
 def doctor(json_file: JsonFile = None, debug: Debug = False) -> None:
     """Say which backends exist here, and why the others do not."""
+    require_json(json_file)
     libraries = {name: _state(name) for name in _LIBRARIES}
     extras = {name: _state(name) if _is_installed(name) else f"not installed ({use})" for name, use in _EXTRAS.items()}
     result: dict[str, Any] = {"hqdit": hqdit.__version__, "libraries": libraries, "extras": extras}
-    typer.echo(f"hqdit {hqdit.__version__}")
+    say(f"hqdit {hqdit.__version__}")
     for name, state in {**libraries, **extras}.items():
-        typer.echo(f"  {name}: {state}")
+        say(f"  {name}: {state}")
     broken = [name for name in _LIBRARIES if "missing" in libraries[name] or "broken" in libraries[name]]
     if broken:
         write_json(json_file, result | {"broken": broken})
@@ -51,11 +50,11 @@ def doctor(json_file: JsonFile = None, debug: Debug = False) -> None:
     result["environment"] = describe_environment()
     result["backends"] = {name: backend.unavailable_reason() or "available" for name, backend in BACKENDS.items()}
     result["cuda"] = "available" if torch.cuda.is_available() else "no CUDA device, or a torch build without CUDA"
-    typer.echo(f"  processor: {result['environment']['processor']}, {torch.get_num_threads()} threads")
-    typer.echo(f"  cuda: {result['cuda']}")
+    say(f"  processor: {result['environment']['processor']}, {torch.get_num_threads()} threads")
+    say(f"  cuda: {result['cuda']}")
     for name, state in result["backends"].items():
         note = " (default)" if name == DEFAULT_BACKEND else ""
-        typer.echo(f"  backend {name}{note}: {state}")
+        say(f"  backend {name}{note}: {state}")
     write_json(json_file, result)
 
 

@@ -21,7 +21,9 @@ from hqdit.cli.options import (
     Threads,
     decibels,
     require_count,
+    require_json,
     running,
+    say,
     write_json,
 )
 
@@ -64,6 +66,7 @@ def evaluate(
 
         config = SamplingConfig(steps, guidance)
         folder, original = find_model(model), find_model(against)
+        require_json(json_file, None, folder.root, original.root)
         quantized = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
         exact = nn.Module.to(load_folder(original), device=options.device, dtype=options.dtype)
         require_same_shape(exact, quantized)
@@ -95,10 +98,10 @@ def evaluate(
         write_json(json_file, result)
         if quiet:
             return
-        typer.echo(
+        say(
             f"noise prediction SQNR: conditional {decibels(noise.conditional)}, unconditional "
             f"{decibels(noise.unconditional)}, guided ({guidance:g}) {decibels(noise.guided)}"
         )
-        typer.echo(f"sample PSNR over {num} images: {decibels(psnr)}")
+        say(f"sample PSNR over {num} images: {decibels(psnr)}")
         for name, value in sorted(layers.items(), key=lambda item: item[1])[:5]:
-            typer.echo(f"weak layer: {name} {decibels(value)}")
+            say(f"weak layer: {name} {decibels(value)}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hqdit.cli.options import Debug, JsonFile, Quiet, running, write_json
+from hqdit.cli.options import Debug, JsonFile, Quiet, require_json, running, say, write_json
 
 
 def inspect(
@@ -19,7 +19,9 @@ def inspect(
     """Show what a quantized checkpoint holds, layer by layer."""
     with running(quiet_mode=quiet):
         from hqdit.analysis.inspection import inspect_checkpoint
+        from hqdit.models.source import find_model
 
+        require_json(json_file, None, find_model(model).root)
         result = inspect_checkpoint(model)
         write_json(json_file, result)
         if quiet:
@@ -28,7 +30,7 @@ def inspect(
         rows = [header, *(_row(name, facts) for name, facts in result["layers"].items())]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         for row in rows:
-            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         print_sizes(Path(model), result)
 
 
@@ -54,13 +56,13 @@ def print_sizes(path: Path, result: dict[str, Any]) -> None:
     floats = sum(facts["arithmetic"] != "int8" for facts in layers)
     kept = sum(facts.get("rows_kept_nearest", 0) for facts in layers)
     dead = sum(facts.get("dead_channels", 0) for facts in layers)
-    zero = sum(facts["zero_output_channels"] for facts in layers)
-    typer.echo(
+    zero = sum(facts.get("zero_output_channels", 0) for facts in layers)
+    say(
         f"{path}: {len(layers)} quantized layers, {result['bits_per_weight']:.3f} bits per quantized weight (scales "
         f"included), {result['bits_per_parameter']:.2f} bits per parameter, {result['file_bytes']:,} bytes, "
         f"{result['file_ratio']:.2f} times smaller than float32"
     )
-    typer.echo(
+    say(
         f"output channels kept at round-to-nearest: {kept}; dead input channels: {dead}; all-zero output channels: "
         f"{zero}; layers multiplied in float32 instead of int8: {floats}"
     )

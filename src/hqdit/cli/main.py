@@ -16,13 +16,13 @@ from hqdit.cli.demo import demo
 from hqdit.cli.doctor import doctor
 from hqdit.cli.evaluate import evaluate
 from hqdit.cli.inspect import inspect
+from hqdit.cli.options import printable
 from hqdit.cli.outliers import inject_outliers
 from hqdit.cli.quantize import quantize
 from hqdit.cli.sample import sample
 from hqdit.errors import EnvironmentUnavailable, HQDiTError, ResourceError, UsageError
 
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
-_RESOURCE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EROFS, errno.EACCES, errno.EPERM}
 
 app = typer.Typer(
     name="hqdit",
@@ -53,28 +53,50 @@ def _root(
 _ParserError = typer.BadParameter.__mro__[1]
 
 
-def _translate(error: BaseException) -> HQDiTError | None:
+def _misuse(error: BaseException, given: Sequence[str]) -> UsageError:
+    """The parser's `error` in our form; the parser itself does not say which value it found."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        names = ", ".join(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+        return UsageError(f"command: found none, needed one of {names}. Fix: hqdit --help says what they do")
+    message = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
+    flags = getattr(getattr(error, "param", None), "opts", ())
+    values = [value for flag, value in zip(given, given[1:], strict=False) if flag in flags]
+    values += [text.partition("=")[2] for text in given if text.partition("=")[0] in flags and "=" in text]
+    found = f" (found {values[-1]!r})" if values else ""
+    end = "" if message.endswith("?") else "."
+    return UsageError(f"{message}{found}{end} Fix: see hqdit --help or hqdit COMMAND --help")
+
+
+def _translate(error: BaseException, given: Sequence[str]) -> HQDiTError | None:
     """The error with an exit code that stands for `error`, or None for a defect of hqdit."""
     if isinstance(error, HQDiTError):
         return error
     if isinstance(error, _ParserError):
-        message = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
-        return UsageError(f"{message}. Fix: see hqdit --help or hqdit COMMAND --help")
+        return _misuse(error, given)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         return ResourceError(
-            f"memory: not enough for this model or batch ({error}). Fix: lower --batch-size or free memory"
+            f"memory: found too little for this model or batch ({reason}), needed more. "
+            "Fix: lower --batch-size or free memory"
         )
     if type(error).__name__ == "OutOfMemoryError":
         return ResourceError(
-            f"device memory: {str(error).splitlines()[0]}. Fix: lower --batch-size or use --device cpu"
+            f"device memory: found too little ({str(error).splitlines()[0]}), needed more. "
+            "Fix: lower --batch-size or use --device cpu"
         )
-    if isinstance(error, OSError) and error.errno in _RESOURCE_ERRNOS:
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(f"{error.filename}: found a name that is too long, needed a shorter one. Fix: shorten it")
+    if isinstance(error, OSError) and error.errno is not None:
         return ResourceError(
-            f"{error.filename or 'output'}: cannot be written ({os.strerror(error.errno)}), needed space and "
-            "permission. Fix: choose another --out"
+            f"{error.filename or 'output'}: found that it cannot be written or read ({os.strerror(error.errno)}), "
+            "needed space and permission. Fix: make room, or choose another path"
         )
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return UsageError(f"~: found a path whose home folder is unknown ({error}), needed one. Fix: write it in full")
     if isinstance(error, ModuleNotFoundError):
-        return EnvironmentUnavailable(f"{error.name}: this package is not installed. Fix: pip install {error.name}")
+        return EnvironmentUnavailable(
+            f"{error.name}: found no such package, needed it installed. Fix: pip install {error.name}"
+        )
     return None
 
 
@@ -82,15 +104,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _require_text(given)
         code = typer.main.get_command(app).main(args=given, prog_name="hqdit", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        print("hqdit: interrupted; nothing was left at --out. Fix: run the same command again", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted()
     except Exception as error:
-        if type(error).__name__ == "Abort":
-            return EXIT_INTERRUPTED
-        translated = _translate(error)
+        if type(error).__name__ == "Abort":  # what the parser makes of a KeyboardInterrupt
+            return _interrupted()
+        translated = _translate(error, given)
         if "--debug" in given or translated is None:
             traceback.print_exc()
         if translated is None:
@@ -98,13 +120,24 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 f"hqdit: defect: {type(error).__name__}: {error}. Fix: please report the lines above", file=sys.stderr
             )
             return 1
-        print(f"hqdit: error: {_printable(str(translated))}", file=sys.stderr)
+        print(f"hqdit: error: {printable(str(translated))}", file=sys.stderr)
         return translated.exit_code
 
 
-def _printable(text: str) -> str:
-    """`text` with control characters other than line ends escaped, so that a name in a file cannot drive a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+def _interrupted() -> int:
+    print("hqdit: interrupted; nothing was left at --out. Fix: run the same command again", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def _require_text(given: Sequence[str]) -> None:
+    """Refuse bytes that are no UTF-8: safetensors could write such a path but not read it."""
+    for argument in given:
+        try:
+            os.fsencode(argument).decode("utf-8")
+        except UnicodeError as error:
+            raise UsageError(
+                f"argument: found {argument!r}, needed UTF-8 text. Fix: rename the file or folder"
+            ) from error
 
 
 def _terminate(_number: int, _frame: object) -> None:

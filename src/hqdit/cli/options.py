@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,6 +36,8 @@ Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free gui
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images at once; changes speed and memory only.")]
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+#: Bounds that a number typed by mistake runs into at once, instead of into the end of memory.
+MAX_COUNT, MAX_THREADS = 1_000_000, 1024
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,10 @@ def running(
     """
     if seed < 0:
         raise UsageError(f"--seed: found {seed}, needed at least 0. Fix: 0 is the default")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads: found {threads}, needed at least 1. Fix: leave it out to use all cores")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(
+            f"--threads: found {threads}, needed a number from 1 to {MAX_THREADS}. Fix: leave it out to use all cores"
+        )
     if dtype not in DTYPE_NAMES:
         raise UsageError(f"--dtype: found {dtype!r}, needed one of {', '.join(DTYPE_NAMES)}. Fix: pick one of them")
     import torch
@@ -112,10 +119,36 @@ def parse_classes(text: str) -> list[int]:
         ) from error
 
 
-def require_count(flag: str, value: int) -> None:
-    """Raise `UsageError` unless `value` is at least 1."""
-    if value < 1:
-        raise UsageError(f"{flag}: found {value}, needed at least 1. Fix: raise it")
+def require_count(flag: str, value: int, at_least: int = 1) -> None:
+    """Raise `UsageError` unless `value` is from `at_least` to `MAX_COUNT`."""
+    if not at_least <= value <= MAX_COUNT:
+        fix = "raise" if value < at_least else "lower"
+        raise UsageError(f"{flag}: found {value}, needed a number from {at_least} to {MAX_COUNT:,}. Fix: {fix} it")
+
+
+def require_json(path: Path | None, out: Path | None = None, *sources: Path) -> None:
+    """Raise `UsageError` unless `path` can become a file without damage to a source.
+
+    Args:
+        path: value of --json; None is fine.
+        out: value of --out, which has to be another path.
+        sources: what is read; a new file inside such a folder is fine, an existing one is not.
+    """
+    if path is None:
+        return
+    target = path.expanduser().resolve()
+    parent = next(folder for folder in target.parents if folder.exists())
+    if target.exists() and not target.is_file():
+        found = "which is no regular file"
+    elif not parent.is_dir():
+        found = f"below the file {parent}"
+    elif out is not None and target == out.expanduser().resolve():
+        found = "which is --out as well"
+    elif target.exists() and any(source.resolve() in (target, *target.parents) for source in sources):
+        found = "which belongs to what is read"
+    else:
+        return
+    raise UsageError(f"--json: found {path}, {found}, needed a file of its own. Fix: choose another --json")
 
 
 def finite_json(value: Any) -> Any:
@@ -127,6 +160,29 @@ def finite_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_json(item) for item in value]
     return value
+
+
+@contextmanager
+def discarded_on_error(out: Path) -> Iterator[None]:
+    """Remove `out`, which has just been written, if the body fails, so that no error leaves anything at --out."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out.expanduser(), ignore_errors=True)
+        raise
+
+
+def printable(text: str) -> str:
+    """`text` with control characters other than line ends escaped, so that a name in a file cannot drive a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """Print a line of a command's result on standard output, if there is still somebody who reads it."""
+    try:
+        typer.echo(printable(text))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

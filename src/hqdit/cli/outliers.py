@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hqdit.cli.options import Debug, Out, Overwrite, Quiet, Seed, running
+from hqdit.cli.options import Debug, Out, Overwrite, Quiet, Seed, running, say
 
 
 def inject_outliers(
@@ -30,4 +30,4 @@ def inject_outliers(
         require_free(out, overwrite, folder.root)
         save(inject(load_float_transformer(folder), factor, share, seed), out, folder, overwrite)
         if not quiet:
-            typer.echo(f"{out}: stress variant of {source}, {share:.0%} of the modulated channels times {factor:g}")
+            say(f"{out}: stress variant of {source}, {share:.0%} of the modulated channels times {factor:g}")

@@ -17,8 +17,11 @@ from hqdit.cli.options import (
     Seed,
     Steps,
     Threads,
+    discarded_on_error,
     require_count,
+    require_json,
     running,
+    say,
     write_json,
 )
 from hqdit.errors import UsageError
@@ -99,8 +102,10 @@ def quantize(
         config = QuantizationConfig.preset(preset).replace(**{k: v for k, v in changes.items() if v is not None})
         sampling = SamplingConfig(steps, guidance)
         folder = find_model(source)
+        sources = [folder.root] if calibration is None else [folder.root, calibration]
         if out is not None:
-            require_free(out, overwrite, folder.root)
+            require_free(out, overwrite, *sources)
+        require_json(json_file, out, *sources)
         given = CalibrationSet.from_file(calibration) if calibration is not None else None
         model = load_float_transformer(folder).to(options.device)
         scheduler = load_scheduler(folder)
@@ -118,8 +123,9 @@ def quantize(
         from hqdit.analysis.inspection import inspect_checkpoint
         from hqdit.cli.inspect import print_sizes
 
-        result = inspect_checkpoint(out)
-        write_json(json_file, result)
+        with discarded_on_error(out):
+            result = inspect_checkpoint(out)
+            write_json(json_file, result)
         if not quiet:
             print_sizes(out, result)
 
@@ -151,5 +157,5 @@ def _print_plan(plan: QuantizationPlan) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
-        typer.echo("  ".join((*cells, row[3])))
-    typer.echo(f"{len(plan.layers)} layers to quantize, {len(plan.skipped)} linear layers kept; nothing was changed")
+        say("  ".join((*cells, row[3])))
+    say(f"{len(plan.layers)} layers to quantize, {len(plan.skipped)} linear layers kept; nothing was changed")

@@ -20,17 +20,22 @@ from hqdit.cli.options import (
     Seed,
     Steps,
     Threads,
+    discarded_on_error,
     parse_classes,
     require_count,
+    require_json,
     running,
+    say,
     write_json,
 )
+
+DEFAULT_CLASSES = 10
 
 
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Float or quantized model.")],
     out: Out,
-    classes: Annotated[str, typer.Option(help="Classes, taken in turn.")] = "0,1,2,3,4,5,6,7,8,9",
+    classes: Annotated[str | None, typer.Option(help="Classes, taken in turn; default: the first ten.")] = None,
     num: Annotated[int, typer.Option(help="Images in all.")] = 10,
     steps: Steps = 50,
     guidance: Guidance = 1.5,
@@ -48,11 +53,12 @@ def sample(
     """Sample images: one PNG each and one grid."""
     require_count("--num", num)
     require_count("--batch-size", batch_size)
-    labels = parse_classes(classes)
+    given = None if classes is None else parse_classes(classes)
     with running(quiet_mode=quiet, device=device, dtype=dtype, backend=backend, threads=threads, seed=seed) as options:
         from torch import nn
 
         from hqdit.integrations.pixel_pipeline import as_pil
+        from hqdit.models.adapter import adapter_for
         from hqdit.models.source import find_model, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
         from hqdit.pipeline.environment import describe_environment
@@ -63,7 +69,9 @@ def sample(
         config = SamplingConfig(steps, guidance)
         folder = find_model(model)
         require_free(out, overwrite, folder.root)
+        require_json(json_file, out, folder.root)
         transformer = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
+        labels = given or list(range(min(DEFAULT_CLASSES, adapter_for(transformer).num_classes(transformer))))
         require_classes(labels, transformer)
         require_guidance(transformer, guidance)
         vae = load_vae(folder)
@@ -85,6 +93,7 @@ def sample(
             "seed": seed,
             "environment": describe_environment(),
         }
-        write_json(json_file, result)
+        with discarded_on_error(out):
+            write_json(json_file, result)
         if not quiet:
-            typer.echo(f"{out}: {num} images and grid.png")
+            say(f"{out}: {num} images and grid.png")

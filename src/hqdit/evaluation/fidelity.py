@@ -5,6 +5,7 @@ All noise comes from the evaluation stream, which is disjoint from calibration's
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from hqdit.transforms.rotation import rotate_folded
 
 #: (latent, class) pairs per time step.
 PAIRS = 32
+#: Fewest time steps of an evaluation, also of a model that samples in fewer.
+MIN_TIMESTEPS = 8
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class EvaluationInputs:
 
 
 def evaluation_inputs(exact: nn.Module, scheduler: Any, sampling: SamplingConfig, seed: int) -> EvaluationInputs:
-    """`PAIRS` trajectories of the float model, kept at every step that the sampler takes.
+    """`PAIRS` trajectories of the float model, kept at every step that the sampler takes, and at least at 8.
 
     Not at a few of them: the SQNR falls by tens of dB towards t = 0, so that a handful of steps which includes the
     last one measures that step and little else.
@@ -60,7 +63,8 @@ def evaluation_inputs(exact: nn.Module, scheduler: Any, sampling: SamplingConfig
         latents.append(current.clone())
         timesteps.append(timestep)
 
-    sample_latents(exact, scheduler, noise, classes, sampling, keep, what="evaluation trajectories")
+    enough = dataclasses.replace(sampling, steps=max(sampling.steps, MIN_TIMESTEPS))
+    sample_latents(exact, scheduler, noise, classes, enough, keep, what="evaluation trajectories")
     return EvaluationInputs(tuple(latents), tuple(timesteps), classes)
 
 
@@ -133,7 +137,7 @@ def _observing(model: nn.Module, hooks: dict[str, Callable[..., None]]) -> Itera
 
 @torch.no_grad()
 def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInputs) -> dict[str, float]:
-    """Output SQNR of every quantized layer on the inputs that the float model gives it, in dB.
+    """Output SQNR of every quantized layer on the inputs that the float model's conditional branch gives it, in dB.
 
     Each layer is judged alone: errors of earlier layers do not enter. Where part of a rotation is folded into the
     value projection, inputs and outputs are compared in the rotated basis, which does not change the ratio.

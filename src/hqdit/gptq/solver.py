@@ -114,7 +114,8 @@ def gptq_quantize(
         )
     dead = diagonal <= DEAD_FRACTION * diagonal.mean()
     if bool(dead.all()):  # nothing ever reached this layer, so there is nothing to minimise
-        return nearest, GPTQRecord(0.0, int(dead.sum()), weight.shape[0], 0.0, float(error_nearest.sum()))
+        error = float(error_nearest.sum())
+        return nearest, GPTQRecord(0.0, int(dead.sum()), weight.shape[0], error, error)
 
     columns = weight.shape[1]
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns)

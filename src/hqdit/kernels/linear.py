@@ -33,6 +33,7 @@ class PackedWeight(NamedTuple):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # the cache outlives the mode of the call that fills it
 def _levels_of_byte(fmt: NumberFormat, device: torch.device) -> Tensor:
     """The levels that each of the 256 bytes holds: (256, codes per byte)."""
     every_byte = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1)

@@ -36,7 +36,7 @@ class HQLinear(nn.Linear):
     """y = x W^T + b with x rotated and quantized on the fly and W held in packed codes.
 
     The weight was rotated once, offline, so rotating x leaves the product unchanged up to rounding:
-    (x R)(W R)^T = x W^T because R R^T = I. Source: HQ-DiT (arXiv 2405.19751), section 3.2.
+    (x R)(W R)^T = x W^T because R R^T = I. Source: HQ-DiT (arXiv 2405.19751), section 3.
 
     It is a subclass of `nn.Linear` so that libraries which look for linear layers (peft, for one) find it; its
     `weight` is the packed tensor and cannot be assigned.

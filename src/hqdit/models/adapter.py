@@ -86,6 +86,10 @@ class ModelAdapter(ABC):
         """The class that stands for "no class", or None if the model was not built with one."""
 
     @abstractmethod
+    def train_timesteps(self, model: nn.Module) -> int:
+        """Number of time steps that the model was trained on; its time steps are 0 .. this - 1."""
+
+    @abstractmethod
     def share_inputs(self, model: nn.Module) -> None:
         """Make quantized sites with one input group rotate and quantize it once."""
 

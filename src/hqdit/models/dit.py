@@ -97,6 +97,9 @@ class DiTAdapter(ModelAdapter):
         classes = self.num_classes(model)
         return classes if table.num_embeddings > classes else None
 
+    def train_timesteps(self, model: nn.Module) -> int:
+        return 1000  # DiT (arXiv 2212.09748), section 4; the configuration does not hold it
+
     def share_inputs(self, model: nn.Module) -> None:
         for block in cast(Any, model).transformer_blocks:
             attention = block.attn1

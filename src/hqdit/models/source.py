@@ -32,6 +32,13 @@ DEFAULT_SCHEDULER: dict[str, Any] = {
 #: Class names under which a DiT can lie in a config.json; the second is what old hub checkpoints say.
 _DIT_CLASS, _LEGACY_CLASS = "DiTTransformer2DModel", "Transformer2DModel"
 
+#: Sizes in a config.json and their bounds, so that a wrong number is answered before it has filled the memory.
+_LARGEST_SIZES = {
+    "num_layers": 1000,
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "sample_size", "patch_size"), 10_000),
+    **dict.fromkeys(("in_channels", "out_channels"), 10_000),
+}
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -59,15 +66,18 @@ class ModelFolder:
 
 
 def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~", "\\")) or source.count("/") != 1 or source.endswith("/") or "\\" in source
+    if source.startswith((".", "/", "~", "\\")) or source.count("/") != 1 or source.endswith("/") or "\\" in source:
+        return True
+    return Path(source).parent.is_dir()  # `out/missing` beside an existing `out` is a mistyped path
 
 
 def find_model(source: str | Path) -> ModelFolder:
     """The folder behind a bundled name, a hub id, a pipeline folder or a transformer folder.
 
     Args:
-        source: anything that exists on disk is a folder; a bundled name is one of `BUNDLED_MODELS`; `owner/name` that
-            does not exist is a hub id; everything else is a missing file.
+        source: a bundled name is one of `BUNDLED_MODELS` (write ./digits for a folder of that name); anything else
+            that exists on disk is a folder; `owner/name` that does not exist is a hub id, unless `owner` is a folder;
+            everything else is a missing file.
 
     Raises:
         CheckpointError: missing, or not a model folder.
@@ -77,10 +87,10 @@ def find_model(source: str | Path) -> ModelFolder:
     path = Path(text).expanduser()
     if not text.strip():
         raise UsageError("model: found an empty name, needed a folder, a hub id or a bundled name. Fix: name a model")
+    if source in BUNDLED_MODELS:
+        return _inspect(Path(str(resources.files("hqdit") / "data" / text)))
     if path.exists():
         return _inspect(path)
-    if text in BUNDLED_MODELS:
-        return _inspect(Path(str(resources.files("hqdit") / "data" / text)))
     if isinstance(source, Path) or _looks_like_path(text):
         raise CheckpointError(
             f"{text}: found no such file or folder, needed a model folder, a hub id (owner/name) or one of "
@@ -157,6 +167,13 @@ def build_skeleton(folder: ModelFolder) -> nn.Module:
             f"{where}: found the unknown keys {', '.join(unknown)}, needed only those of {_DIT_CLASS}. "
             "Fix: remove them or upgrade diffusers"
         )
+    for key, largest in _LARGEST_SIZES.items():
+        size = config.get(key)
+        if isinstance(size, int) and not 1 <= size <= largest:
+            raise CheckpointError(
+                f"{where}: found {key} {size}, needed a number from 1 to {largest}. Fix: get the file again or correct "
+                "it"
+            )
     try:
         model: nn.Module = DiTTransformer2DModel(**{key: value for key, value in config.items() if key in known})
     except Exception as error:  # whatever comes out of a constructor that does not expect these values
@@ -223,8 +240,8 @@ def load_scheduler(folder: ModelFolder) -> Any:
         ) from error
 
 
-def load_vae(folder: ModelFolder) -> Any | None:
-    """The pipeline's autoencoder in evaluation mode, or None: then the model works on pixels.
+def load_vae(folder: ModelFolder, device: torch.device | str = "cpu") -> Any | None:
+    """The pipeline's autoencoder in evaluation mode on `device`, or None: then the model works on pixels.
 
     Raises:
         CheckpointError: a folder that diffusers cannot load.
@@ -235,7 +252,7 @@ def load_vae(folder: ModelFolder) -> Any | None:
     from diffusers import AutoencoderKL
 
     try:
-        return AutoencoderKL.from_pretrained(path).eval()
+        return AutoencoderKL.from_pretrained(path).eval().to(device)
     except Exception as error:  # whatever comes out of a loader that does not expect these files
         raise CheckpointError(
             f"{path}: found an autoencoder that cannot be loaded ({_reason(error)}), needed an AutoencoderKL folder. "

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hqdit.errors import CheckpointError
+from hqdit.errors import CheckpointError, ResourceError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = WEIGHTS_NAME + ".index.json"
+READABLE_BY_ALL = 0o644
 
 #: What unquantized weights may be stored in.
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -42,6 +43,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: found no such file, needed {what}. Fix: check the path")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: found a file that cannot be read ({error.strerror}), needed {what}. Fix: check its permissions"
+        ) from error
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
         raise CheckpointError(
             f"{path}: found no valid JSON ({error}), needed {what}. Fix: get the file again"
@@ -63,7 +68,14 @@ def check_safetensors(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: found no such regular file, needed a safetensors file. Fix: check the path")
     size = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: found a file that cannot be read ({error.strerror}), needed a safetensors file. "
+            "Fix: check its permissions"
+        ) from error
+    with file:
         start = file.read(64)
         length = int.from_bytes(start[:8], "little") if len(start) >= 8 else -1
         is_plausible = 2 <= length <= min(_MAX_HEADER_BYTES, size - 8)
@@ -105,6 +117,22 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(names) != len(pairs):
         raise ValueError("a name stands in it twice")
     return names
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one file, readable by all.
+
+    Raises:
+        ResourceError: the system refused, for example because the disk is full.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # safetensors wraps what the system said
+        raise ResourceError(
+            f"{path.name}: found no way to write it ({error}), needed space and permission. Fix: free space or choose "
+            "another folder"
+        ) from error
+    path.chmod(READABLE_BY_ALL)  # safetensors writes through a private temporary file
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

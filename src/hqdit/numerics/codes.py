@@ -14,6 +14,7 @@ from hqdit.numerics.rounding import nearest_codes, require_no_nan
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # the cache outlives the mode of the call that fills it
 def level_table(fmt: NumberFormat, device: torch.device) -> Tensor:
     """Level of every code: int8 (2**bits,), or float32 with NaN for codes that stand for no number."""
     if fmt.is_int8:

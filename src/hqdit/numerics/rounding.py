@@ -25,6 +25,7 @@ class _Rungs(NamedTuple):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # the cache outlives the mode of the call that fills it
 def _rungs(fmt: NumberFormat, device: torch.device, is_double: bool) -> _Rungs:
     """Midpoints between neighbouring levels, moved up by one ulp where a tie belongs to the lower level.
 
@@ -49,6 +50,7 @@ def _rungs_for(x: Tensor, fmt: NumberFormat) -> _Rungs:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _rung_of_quarter(fmt: NumberFormat, device: torch.device) -> Tensor:
     """Rung at every quarter from the lowest to the highest level, int32 (4 * (highest - lowest) + 1,)."""
     quarters = torch.arange(4 * fmt.levels[0], 4 * fmt.max_level + 1, device=device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hqdit
@@ -16,16 +16,22 @@ from hqdit.errors import CheckpointError, UsageError
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import adapter_for
 from hqdit.models.source import CONFIG_NAME, ModelFolder, build_skeleton, find_model, load_float_transformer
-from hqdit.models.weights import WEIGHTS_NAME, read_weights, require_finite, require_float, require_state
+from hqdit.models.weights import (
+    WEIGHTS_NAME,
+    read_weights,
+    require_finite,
+    require_float,
+    require_state,
+    write_safetensors,
+)
 from hqdit.numerics.codes import unpack_codes
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.publish import publish_folder, require_free
-from hqdit.pipeline.quantize import QuantizationRecord
+from hqdit.pipeline.record import QuantizationRecord
 from hqdit.quantizers.spec import LinearSpec
 
 QUANT_METHOD = "hqdit"
 FORMAT_VERSION = 1
-READABLE_BY_ALL = 0o644
 
 _KEYS = {
     "quant_method",
@@ -80,8 +86,7 @@ def save(
                     copy = shutil.copytree if path.is_dir() else shutil.copyfile
                     copy(path, staged / path.name)
         inner.mkdir(exist_ok=True)
-        save_file(tensors, inner / WEIGHTS_NAME, metadata={"format": "pt"})
-        (inner / WEIGHTS_NAME).chmod(READABLE_BY_ALL)  # safetensors writes through a private temporary file
+        write_safetensors(tensors, inner / WEIGHTS_NAME)
         (inner / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -119,8 +124,8 @@ def _stored_once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     shared: dict[str, str] = {}
     first_with: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        original = first_with.setdefault((tensor.dtype, tuple(tensor.shape), raw), name)
+        digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+        original = first_with.setdefault((tensor.dtype, tuple(tensor.shape), digest), name)
         if original == name:
             stored[name] = tensor
         else:
@@ -183,7 +188,10 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
         entries = dict(description["layers"])
         shared = {alias: str(stored) for alias, stored in dict(description["shared_tensors"]).items()}
         facts = {name: dict(entry["record"]) for name, entry in entries.items()}
-        has_bias = {name: bool(entry["bias"]) for name, entry in entries.items()}
+        has_bias = {name: entry["bias"] for name, entry in entries.items()}
+        specs = {name: LinearSpec.from_json(name, _without(entry, "bias", "record")) for name, entry in entries.items()}
+        if not all(isinstance(value, bool) for value in has_bias.values()):
+            raise TypeError("bias is neither true nor false")
         rotation_error = description["rotation_error"]
         record = QuantizationRecord(
             config,
@@ -192,14 +200,17 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
             facts,
             int(description["parameters"]),
         )
+        if record.parameters < 1:
+            raise ValueError(f"parameters is {record.parameters}")
+        for name in facts:
+            _require_facts(name, facts[name])
     except (UsageError, TypeError, KeyError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{where / CONFIG_NAME}: found a quantization_config that cannot be read ({error}), needed one of format "
             f"version {FORMAT_VERSION}. Fix: quantize the model again"
         ) from error
     model = build_skeleton(folder)
-    for name, entry in entries.items():
-        spec = LinearSpec.from_json(name, entry)
+    for name, spec in specs.items():
         _require_same_shape(model, name, spec, where)
         model.set_submodule(name, HQLinear(spec, bias=has_bias[name]).eval())
     tensors = read_weights(where)
@@ -228,6 +239,22 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
     adapter_for(model).share_inputs(model)
     model.quantization_record = record  # type: ignore[assignment]
     return model
+
+
+def _without(entry: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in keys}
+
+
+def _require_facts(name: str, facts: dict[str, Any]) -> None:
+    """Raise `TypeError` or `KeyError` unless a layer's record holds what `hqdit inspect` shows."""
+    for key in ("method", "arithmetic"):
+        if not isinstance(facts[key], str):
+            raise TypeError(f"{key} of {name} is {facts[key]!r}")
+    for key in ("statistic", "damp_fraction", "zero_output_channels", "dead_channels", "rows_kept_nearest"):
+        is_number = isinstance(facts.get(key, 0), (int, float))
+        may_be_null = key in ("statistic", "damp_fraction")
+        if not is_number and not (may_be_null and facts[key] is None):
+            raise TypeError(f"{key} of {name} is {facts[key]!r}")
 
 
 def _require_same_shape(model: nn.Module, name: str, spec: LinearSpec, where: Path) -> None:

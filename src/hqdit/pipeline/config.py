@@ -11,7 +11,7 @@ from hqdit.errors import UsageError
 from hqdit.formats.catalog import FORMAT_NAMES, FP4_FORMATS, format_from_json
 from hqdit.formats.number_format import NumberFormat
 from hqdit.quantizers.scaling import SCALE_RULES
-from hqdit.quantizers.spec import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES
+from hqdit.quantizers.spec import ACTIVATION_GRANULARITIES, STATIC_GRANULARITIES, WEIGHT_GRANULARITIES
 from hqdit.transforms.rotation import parse_block
 
 #: Let the statistic choose among E3M0, E2M1 and E1M2.
@@ -136,7 +136,7 @@ class QuantizationConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether `quantize` needs a `CalibrationSet`."""
-        return self.gptq or self.activation_granularity in ("tensor", "channel", "channel-token")
+        return self.gptq or self.activation_granularity in STATIC_GRANULARITIES
 
     def replace(self, **changes: Any) -> QuantizationConfig:
         """A copy with some fields changed."""
@@ -207,8 +207,8 @@ def _parse_format(flag: str, value: object, word: str) -> None:
         format_from_json(value)
     except UsageError as error:
         raise UsageError(
-            f"{flag}: found {value!r}, needed {word}, {', '.join(FORMAT_NAMES)} or table:n,...,n (16 integers). "
-            f"Fix: pick one of them"
+            f"{flag}: found {value!r}, needed {word}, {', '.join(FORMAT_NAMES)} or table:n,...,n (16 ascending "
+            "integers from -128 to 127). Fix: pick one of them"
         ) from error
 
 

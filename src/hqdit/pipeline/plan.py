@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from hqdit.errors import UsageError
+from hqdit.formats.catalog import format_from_json
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import LinearSite, adapter_for
-from hqdit.pipeline.config import SELECT_FP4, QuantizationConfig
-from hqdit.quantizers.spec import require_group_size
+from hqdit.pipeline.config import SAME_AS_WEIGHTS, SELECT_FP4, QuantizationConfig
+from hqdit.quantizers.spec import ActivationSpec, LinearSpec, WeightSpec, require_group_size
 from hqdit.transforms.rotation import RotationSpec, plan_rotation
 
 
@@ -64,6 +65,24 @@ def _policy(config: QuantizationConfig) -> str:
     return f"{weights}; input {config.activations}"
 
 
+def _draft(name: str, linear: nn.Linear, rotation: RotationSpec, config: QuantizationConfig) -> LinearSpec:
+    """The layer's specification with the first candidate format, which finds every fault that needs no data."""
+    fmt = config.weight_candidates[0]
+    given = config.activations if config.activations != SAME_AS_WEIGHTS else fmt.to_json()
+    weight_groups, activation_groups = (
+        config.group_size if granularity == "group" else None
+        for granularity in (config.weight_granularity, config.activation_granularity)
+    )
+    return LinearSpec(
+        name,
+        linear.in_features,
+        linear.out_features,
+        WeightSpec((fmt,), config.weight_granularity, weight_groups),
+        ActivationSpec(format_from_json(given), config.activation_granularity, activation_groups),
+        rotation,
+    )
+
+
 def plan_quantization(model: nn.Module, config: QuantizationConfig) -> QuantizationPlan:
     """Decide layer by layer; changes nothing.
 
@@ -96,6 +115,7 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
         rotation = plan_rotation(config.rotation, linear.in_features, site.name, site.head_dim if folds else None)
         if config.group_size is not None:
             require_group_size(config.group_size, linear.in_features, f"--group-size for {site.name}")
+        _draft(site.name, linear, rotation, config)
         layers.append(PlannedLayer(site, linear.in_features, linear.out_features, rotation, _policy(config)))
     skipped = {name: "excluded by name" for name in names if name not in chosen}
     return QuantizationPlan(tuple(layers), skipped | adapter.kept_layers(model))

@@ -19,7 +19,7 @@ TEMPORARY_PREFIX = ".hqdit-tmp-"
 
 
 def require_free(out: Path, overwrite: bool, *sources: Path) -> None:
-    """Refuse an output path that exists (unless `overwrite`), equals or holds a source, or lies inside one.
+    """Refuse an output path that exists (unless `overwrite`), touches a source, or holds the current folder.
 
     Raises:
         UsageError: see above; also for a parent that is a file.
@@ -32,6 +32,11 @@ def require_free(out: Path, overwrite: bool, *sources: Path) -> None:
                 f"--out: found {out}, which is, holds or lies inside the source {source}, needed a folder of its own. "
                 "Fix: choose another --out"
             )
+    if target in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(
+            f"--out: found {str(out)!r}, which is or holds the current folder, needed a folder of its own. "
+            "Fix: choose another --out"
+        )
     if target.exists() and not overwrite:
         raise UsageError(f"--out: found {out}, which exists, needed a new path. Fix: choose another one or --overwrite")
     parent = next(path for path in target.parents if path.exists())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hqdit.calibration.capture import BlockStream
 from hqdit.calibration.samples import CalibrationSet
-from hqdit.errors import CheckpointError, UsageError
-from hqdit.formats.number_format import NumberFormat
+from hqdit.errors import CheckpointError, NumericsError, UsageError
+from hqdit.formats.catalog import format_from_json
 from hqdit.gptq.hessian import HessianAccumulator
 from hqdit.gptq.solver import gptq_quantize
 from hqdit.kernels.activation import quantize_activation
@@ -22,36 +22,16 @@ from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import adapter_for
 from hqdit.pipeline.config import SAME_AS_WEIGHTS, QuantizationConfig
 from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan, plan_quantization
+from hqdit.pipeline.record import QuantizationRecord
 from hqdit.pipeline.rotation_check import require_rotation_is_exact, signs_of, weight_to_rotate
 from hqdit.progress import track
 from hqdit.quantizers.format_selection import range_statistic, select_format
 from hqdit.quantizers.quantized_tensor import QuantizedTensor, round_to_nearest, weight_scales
 from hqdit.quantizers.scaling import MIN_SCALE
-from hqdit.quantizers.spec import ActivationSpec, LinearSpec, WeightSpec
+from hqdit.quantizers.spec import STATIC_GRANULARITIES, ActivationSpec, LinearSpec, WeightSpec
 from hqdit.transforms.rotation import rotate, rotate_online
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class QuantizationRecord:
-    """What was asked for and what happened, kept on the model and written to its config.json.
-
-    Attributes:
-        config: the request.
-        calibration: origin, samples and fingerprint of the calibration data; empty without calibration.
-        rotation_error: relative change of the output by rotation alone, measured before quantizing.
-        layers: name -> facts about that layer (statistic, method, damping, counts).
-        parameters: number of parameters of the float model.
-        dtypes: storage dtype of every unquantized tensor.
-    """
-
-    config: QuantizationConfig
-    calibration: dict[str, Any] = field(default_factory=dict)
-    rotation_error: float | None = None
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    parameters: int = 0
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -139,11 +119,16 @@ def _storage_dtypes(model: nn.Module, config: QuantizationConfig) -> dict[str, t
     """How each float tensor of the unquantized rest will be stored: as asked, or as in the source's file."""
     asked = DTYPES[config.keep_dtype] if config.keep_dtype else None
     of_source: dict[str, torch.dtype] = getattr(model, "source_dtypes", {})
-    return {
-        name: asked or of_source.get(name, tensor.dtype)
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point()
-    }
+    dtypes = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            dtypes[name] = asked or of_source.get(name, tensor.dtype)
+            if not bool(torch.isfinite(tensor.to(dtypes[name])).all()):
+                raise NumericsError(
+                    f"{name}: found numbers up to {float(tensor.abs().max()):.3g}, which {dtypes[name]} cannot hold, "
+                    "needed a wider dtype. Fix: --keep-dtype bfloat16 or float32"
+                )
+    return dtypes
 
 
 def _round_kept_tensors(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
@@ -178,12 +163,12 @@ def _quantize_group(
         weight, bias = weight_to_rotate(layer, plan, linear, config.seed)
         rotated.append((layer, rotate(weight, layer.rotation, signs), bias))
 
-    draft = ActivationSpec(config.weight_candidates[0], config.activation_granularity)
     largest = None
-    if draft.needs_calibration:
+    if config.activation_granularity in STATIC_GRANULARITIES:
         assert stream is not None  # needs_calibration made sure of it
-        largest = _channel_absmax(stream, first, rotated_input)
-    if draft.has_channel_scale and largest is not None:
+        is_signed = config.activations == SAME_AS_WEIGHTS or format_from_json(config.activations).is_signed
+        largest = _channel_absmax(stream, first, rotated_input, is_signed)
+    if config.activation_granularity != "tensor" and largest is not None:
         # Folding needs the channels' proportions only; the format's largest level is divided out below.
         rotated = [(layer, weight * largest, bias) for layer, weight, bias in rotated]
 
@@ -214,21 +199,32 @@ def _quantize_group(
         spec = LinearSpec(
             layer.site.name, layer.in_features, layer.out_features, weight_spec, activation, layer.rotation
         )
+        source = model.get_submodule(layer.site.name).get_parameter("weight")
+        zeros = {
+            "zero_output_channels": int((source == 0).all(dim=1).sum()),
+            "zero_input_channels": int((source == 0).all(dim=0).sum()),
+        }
         quantized, facts = _quantize_weight(weight, hessian, spec, format_index, config)
         bias32 = None if bias is None else bias.to(torch.float32)
         replacement = HQLinear.from_quantized(spec, quantized, bias32, signs, channel_scale, static_scale).eval()
         model.set_submodule(layer.site.name, replacement)
-        record.layers[layer.site.name] = {"role": layer.site.role, **statistic, **facts}
+        record.layers[layer.site.name] = {"role": layer.site.role, **statistic, **zeros, **facts}
         record.layers[layer.site.name]["arithmetic"] = spec.arithmetic
 
 
-def _channel_absmax(stream: BlockStream, layer: PlannedLayer, rotated_input: Callable[[Tensor], Tensor]) -> Tensor:
-    """Largest magnitude of every rotated channel over the calibration data, float64, never zero."""
+def _channel_absmax(
+    stream: BlockStream, layer: PlannedLayer, rotated_input: Callable[[Tensor], Tensor], is_signed: bool
+) -> Tensor:
+    """Largest magnitude of every rotated channel over the calibration data, float64, never zero.
+
+    For a one-sided format only positive numbers count, as in `quantizers.scaling.absmax`.
+    """
     largest: Tensor | None = None
 
     def collect(x: Tensor) -> None:
         nonlocal largest
-        batch = rotated_input(x).abs().amax(dim=0).to(torch.float64)
+        rotated = rotated_input(x)
+        batch = (rotated.abs() if is_signed else rotated.clamp_min(0)).amax(dim=0).to(torch.float64)
         largest = batch if largest is None else torch.maximum(largest, batch)
 
     stream.capture(layer.site, collect, f"scales of {layer.site.input_group}")
@@ -241,13 +237,12 @@ def _channel_absmax(stream: BlockStream, layer: PlannedLayer, rotated_input: Cal
 def _activation_spec(weights: list[Tensor], config: QuantizationConfig) -> ActivationSpec:
     """Format of the shared input: as asked, or the one that all the layers reading it would choose together."""
     if config.activations != SAME_AS_WEIGHTS:
-        chosen = config.replace(weights=config.activations, format_granularity="layer").weight_candidates
+        fmt = format_from_json(config.activations)
+    elif len(config.weight_candidates) == 1:
+        fmt = config.weight_candidates[0]
     else:
-        chosen = config.weight_candidates
-    fmt: NumberFormat = chosen[0]
-    if len(chosen) > 1:
         together = torch.cat([weight.reshape(1, -1) for weight in weights], dim=1)
-        fmt = select_format(range_statistic(together, config.alpha)[0], chosen)  # type: ignore[arg-type]
+        fmt = select_format(range_statistic(together, config.alpha)[0], config.weight_candidates)  # type: ignore[arg-type]
     grouped = config.activation_granularity == "group"
     return ActivationSpec(fmt, config.activation_granularity, config.group_size if grouped else None)
 
@@ -285,8 +280,6 @@ def _quantize_weight(
     scale = weight_scales(weight, spec.weight, format_index, config.scale_rule)
     facts: dict[str, Any] = {
         "method": "nearest" if hessian is None else "gptq",
-        "zero_output_channels": int((weight == 0).all(dim=1).sum()),
-        "zero_input_channels": int((weight == 0).all(dim=0).sum()),
     }
     if hessian is None:
         return round_to_nearest(weight, scale, spec.weight, format_index), facts

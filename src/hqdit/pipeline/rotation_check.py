@@ -51,7 +51,7 @@ def rotation_error(model: nn.Module, plan: QuantizationPlan, seed: int) -> float
     device = next(model.parameters()).device
     stream = random_stream(seed, "rotation check")
     latents = torch.from_numpy(stream.standard_normal((PROBES, *adapter.latent_shape(model)), dtype="float32"))
-    timesteps = torch.from_numpy(stream.integers(0, 1000, PROBES))
+    timesteps = torch.from_numpy(stream.integers(0, adapter.train_timesteps(model), PROBES))
     classes = torch.from_numpy(stream.integers(0, adapter.num_classes(model), PROBES))
     inputs = (latents.to(device), timesteps.to(device), classes.to(device))
     exact = adapter.predict_noise(model, *inputs)

@@ -15,6 +15,8 @@ WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 #: channel: a static scale per channel, folded into the weight, and no dynamic one (the paper's per-channel
 #: quantization). channel-token: the same static scales, then a dynamic scale per token.
 ACTIVATION_GRANULARITIES = ("token", "group", "tensor", "channel", "channel-token")
+#: Those whose scales come from calibration data.
+STATIC_GRANULARITIES = ("tensor", "channel", "channel-token")
 
 INT32_MAX = 2**31 - 1
 
@@ -76,7 +78,7 @@ class ActivationSpec:
     @property
     def needs_calibration(self) -> bool:
         """Whether scales come from calibration data."""
-        return self.has_channel_scale or self.has_static_scale
+        return self.granularity in STATIC_GRANULARITIES
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ class LinearSpec:
             raise UsageError(
                 f"{self.name}: found weight formats of different storage, needed formats of equal size per channel. "
                 "Fix: choose among 4-bit formats"
+            )
+        if self.in_features < 2:
+            raise UsageError(
+                f"{self.name}: found {self.in_features} input channels, needed at least 2. Fix: --exclude this layer"
             )
         if self.in_features % 2 and any(fmt.bits <= 4 for fmt in self.weight.formats):
             raise UsageError(
@@ -207,6 +213,8 @@ class LinearSpec:
             )
             if not spec.rotation.is_identity and rotation["factors"] != spec.rotation.describe():
                 raise UsageError(f"found rotation {rotation['factors']!r}, needed {spec.rotation.describe()!r}")
+            if spec.to_json() != value:  # an unknown key, or a value that says something else than the rest
+                raise UsageError(f"needed exactly {spec.to_json()!r}")
             return spec
         except (KeyError, TypeError, ValueError, HQDiTError) as error:
             raise CheckpointError(

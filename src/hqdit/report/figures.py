@@ -29,9 +29,9 @@ from hqdit.report.tables import visible_text
 
 FigureFormat = Literal["png", "svg"]
 
-#: White pixels between the images of a grid and around them.
 #: Resolution of pictures that hold grids, the height of a title above each, and the space between them.
 PANEL_DPI, TITLE_PIXELS, PANEL_GAP = 100, 26, 12
+#: White pixels between the images of a grid and around them.
 GRID_GAP = 2
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers (their yellow is too pale for lines); markers

@@ -14,14 +14,24 @@ from hqdit.models.adapter import adapter_for
 from hqdit.progress import track
 from hqdit.sampling.noise import SAMPLE, starting_noise
 
-#: Called at every step with (step, timestep, latents before the step).
+#: Called at every step with (step, timestep, the model's input: latents after the scheduler's scaling).
 StepObserver = Callable[[int, int, Tensor], None]
 
 
 BATCH_SIZE = 64
 
-#: Parts of the class names of diffusers' schedulers that draw new noise at every step.
-STOCHASTIC_SCHEDULERS = ("DDPM", "Ancestral", "SDE", "LCM", "TCD")
+#: diffusers' schedulers that add no noise of their own; others are refused, because images would not be repeatable.
+DETERMINISTIC_SCHEDULERS = (
+    "DDIMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,17 @@ class SamplingConfig:
             raise UsageError(
                 f"--guidance: found {self.guidance}, needed a finite number of at least 0. Fix: 1.0 switches it off"
             )
+
+
+def require_deterministic(scheduler: Any) -> None:
+    """Raise `CheckpointError` for a scheduler that draws new noise at every step, or that is not known not to."""
+    algorithm = str(scheduler.config.get("algorithm_type", ""))
+    if type(scheduler).__name__ not in DETERMINISTIC_SCHEDULERS or algorithm.startswith("sde"):
+        raise CheckpointError(
+            f"scheduler: found {f'{type(scheduler).__name__} {algorithm}'.strip()}, which draws new noise at every "
+            f"step or is not known not to, needed one of {', '.join(DETERMINISTIC_SCHEDULERS)}. "
+            "Fix: replace the pipeline's scheduler by DDIMScheduler"
+        )
 
 
 def require_classes(classes: list[int], model: nn.Module) -> None:
@@ -121,29 +142,29 @@ def sample_latents(
         noise: (samples, channels, height, width), on the model's device.
         classes: int64 (samples,).
         config: steps and guidance.
-        observe: called before every step.
+        observe: called before every step with what the model will see.
         what: title of the progress bar.
 
     Returns:
         Latents, shape of `noise`.
 
     Raises:
-        CheckpointError: the scheduler draws noise at every step.
+        CheckpointError: a scheduler that draws noise at every step, or one with fractional time steps.
         NumericsError: a latent became NaN or infinite.
     """
-    algorithm = str(scheduler.config.get("algorithm_type", ""))
-    if any(m in type(scheduler).__name__ for m in STOCHASTIC_SCHEDULERS) or algorithm.startswith("sde"):
-        raise CheckpointError(
-            f"scheduler: found {f'{type(scheduler).__name__} {algorithm}'.strip()}, which draws new noise at every "
-            "step, needed a deterministic one. Fix: replace the pipeline's scheduler by DDIMScheduler"
-        )
+    require_deterministic(scheduler)
     require_steps(scheduler, config.steps)
     scheduler.set_timesteps(config.steps)
+    if any(float(timestep) != int(timestep) for timestep in scheduler.timesteps):
+        raise CheckpointError(
+            f"scheduler: found {type(scheduler).__name__} with fractional time steps at {config.steps} steps, needed "
+            "whole ones. Fix: choose --steps that divides its training steps, or replace it by DDIMScheduler"
+        )
     latents: Tensor = noise * scheduler.init_noise_sigma
     for step, timestep in enumerate(track(scheduler.timesteps, what)):
-        if observe is not None:
-            observe(step, int(timestep), latents)
         scaled = scheduler.scale_model_input(latents, timestep)
+        if observe is not None:
+            observe(step, int(timestep), scaled)
         times = torch.full((latents.shape[0],), int(timestep), dtype=torch.long, device=latents.device)
         branches = predict_branches(model, scaled, times, classes, config.guidance)
         latents = scheduler.step(guide(*branches, config.guidance), timestep, latents).prev_sample
@@ -214,7 +235,10 @@ def decode_images(latents: Tensor, vae: Any | None) -> Tensor:
     Returns:
         float32 (samples, channels, height, width).
     """
-    images = latents if vae is None else vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    if vae is None:
+        images = latents
+    else:
+        images = vae.decode(latents.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor).sample
     clipped: Tensor = images.to(torch.float32).clamp(-1.0, 1.0)
     return clipped
 

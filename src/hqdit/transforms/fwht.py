@@ -11,6 +11,7 @@ from hqdit.transforms.hadamard import HadamardFactors, paley_matrix
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the cache outlives the mode of the call that fills it
 def _paley_tensor(order: int, construction: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.from_numpy(paley_matrix(order, construction).copy()).to(device=device, dtype=dtype)
 

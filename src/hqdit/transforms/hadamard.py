@@ -17,6 +17,9 @@ import numpy.typing as npt
 
 from hqdit.errors import NumericsError
 
+#: Far beyond any layer's width; a bound, so that a mistyped block size is answered at once.
+LARGEST_ORDER = 1 << 20
+
 IntMatrix = npt.NDArray[np.int8]
 
 
@@ -60,7 +63,7 @@ def _paley_construction(order: int) -> str | None:
 @lru_cache(maxsize=1024)
 def hadamard_factors(order: int) -> HadamardFactors | None:
     """The factorization with the largest power of two, which is the fastest to apply; None if there is none."""
-    if order < 1:
+    if not 1 <= order <= LARGEST_ORDER:
         return None
     sylvester = order & -order  # the largest power of two that divides it
     if sylvester == order:

@@ -10,7 +10,7 @@
 The last row is for the attention output: its input is a weighted sum over tokens of value heads, (P V), and
 (P V) (I (x) H) = P (V (I (x) H)), so the part within a head can be folded into the value projection.
 
-Source: HQ-DiT (arXiv 2405.19751), section 3.2; QuaRot (arXiv 2404.00456) for the fold into W_v.
+Source: HQ-DiT (arXiv 2405.19751), section 3; QuaRot (arXiv 2404.00456) for the fold into W_v.
 """
 
 from __future__ import annotations
