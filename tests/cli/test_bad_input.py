@@ -61,7 +61,6 @@ def make_models(root: Path) -> None:
     )
     save_small(root / "other", num_layers=2)
     save_small(root / "width52", attention_head_dim=26)
-    save_small(root / "width42", attention_head_dim=21)
     (root / "full").mkdir()
     (root / "full" / "precious").write_text("the only copy")
     (root / "empty").mkdir()
@@ -402,6 +401,8 @@ FLAGS = [
 
 FILES = [
     ("quantize nope --out out", "nope", "no such file"),
+    ("quantize full/nope --out out", "full/nope", "no such file"),
+    ("quantize ./digits --out out", "./digits", "no such file"),
     ("quantize ./nope --out out", "./nope", "no such file"),
     ("quantize a/b/c --out out", "a/b/c", "no such file"),
     ("quantize /no/pe --out out", "/no/pe", "no such file"),
@@ -498,7 +499,7 @@ NUMERICS = [
     ("quantize width52 --out out", "transformer_blocks.0.norm1.linear", "52", "[4]"),
     ("quantize width52 --out out --exclude '*norm1*'", "transformer_blocks.0.attn1.to_q", "52", "[4]"),
     ("quantize width52 --dry-run --preset minmax --rotation full", "52", "block:B"),
-    ("quantize width42 --out out", "transformer_blocks.0.norm1.linear", "42", "unrotated"),
+    ("quantize width52 --out out --fold-value-rotation", "52", "[4]"),
     ("quantize bad/overflow --out out", "infinite"),
     ("sample bad/overflow --out out --num 2", "infinite"),
     ("evaluate bad/overflow --against model", "infinite"),
@@ -576,15 +577,6 @@ def test_arguments_that_are_no_text(hqdit: Hqdit, unchanged: Path) -> None:
     require_contract(hqdit("quantize", "model", "--out", "out\udcff"), 2, "out\\udcff", "UTF-8")
 
 
-def test_a_model_in_place_of_a_missing_one_is_not_the_bundled_one(hqdit: Hqdit, unchanged: Path) -> None:
-    # A folder called as a bundled model comes first, and is read as what it is.
-    Path("digits").mkdir()
-    try:
-        require_contract(hqdit("quantize", "digits", "--out", "out"), 3, "digits")
-    finally:
-        Path("digits").rmdir()
-
-
 def test_guidance_is_fine_where_there_is_a_null_class(hqdit: Hqdit, workspace: Path) -> None:
     for guidance in (0, 1, 1.0, 4.5, 1e3):
         assert hqdit("quantize", workspace / "model", "--dry-run", "--guidance", guidance).code == 0
@@ -603,7 +595,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 FULL = OSError(errno.ENOSPC, "No space left on device", "somewhere/file")
 #: command -> where its output is written, as a module's attribute.
 WRITERS = [
-    ("quantize model --out out --preset minmax", "hqdit.pipeline.checkpoint.save_file"),
+    ("quantize model --out out --preset minmax", "hqdit.models.weights.save_file"),
     ("quantize model --out deep/er/out --preset minmax", "hqdit.pipeline.publish._flush_tree"),
     ("quantize pipe --out out --preset minmax", "shutil.copyfile"),
     ("quantize pipe --out full --overwrite --preset minmax", "shutil.copytree"),
@@ -613,7 +605,7 @@ WRITERS = [
     ("sample model --out out --num 2 --steps 1", "PIL.Image.Image.save"),
     ("sample model --out out --num 2 --steps 1 --json s.json", "hqdit.pipeline.publish.publish_text"),
     ("evaluate quantized --against model --num 1 --steps 1 --json e.json", "hqdit.pipeline.publish._flush"),
-    ("inject-outliers model --out out", "hqdit.pipeline.checkpoint.save_file"),
+    ("inject-outliers model --out out", "hqdit.models.weights.save_file"),
     ("demo --out out --num 2 --steps 1", "hqdit.evaluation.demo.compare_presets"),
 ]
 

@@ -19,7 +19,6 @@ from hqdit.cli.options import (
     Seed,
     Steps,
     Threads,
-    discarded_on_error,
     require_count,
     require_json,
     running,
@@ -76,7 +75,7 @@ def demo(
         plain, with_outliers = (load_float_transformer(folder).to(options.device) for _ in range(2))
         inject_outliers(with_outliers, OUTLIER_FACTOR, DEFAULT_SHARE, seed)
         models = {"digits": plain, f"digits, outliers c = {OUTLIER_FACTOR:g}": with_outliers}
-        presets = {name: PRESETS[name] for name in ("minmax", "hqdit")}
+        presets = {name: PRESETS[name].replace(seed=seed) for name in ("minmax", "hqdit")}
         environment = describe_environment()
         extractor = SurrogateClassifier.load().name
         with publish_folder(out, overwrite) as staged:
@@ -125,7 +124,6 @@ def demo(
                 "environment": environment,
             }
             write_json(staged / "record.json", record)
-        with discarded_on_error(out):
             write_json(json_file, record)
         if not quiet:
             say(render_text_table(rows, extractor))

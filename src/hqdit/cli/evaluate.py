@@ -58,7 +58,7 @@ def evaluate(
             require_same_shape,
         )
         from hqdit.models.adapter import adapter_for
-        from hqdit.models.source import find_model, load_scheduler, load_vae
+        from hqdit.models.source import find_model, load_float_transformer, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
         from hqdit.pipeline.environment import describe_environment
         from hqdit.sampling.noise import EVALUATION
@@ -68,10 +68,10 @@ def evaluate(
         folder, original = find_model(model), find_model(against)
         require_json(json_file, None, folder.root, original.root)
         quantized = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
-        exact = nn.Module.to(load_folder(original), device=options.device, dtype=options.dtype)
+        exact = load_float_transformer(original).to(options.device)  # float32: the yardstick is not rounded
         require_same_shape(exact, quantized)
         require_guidance(exact, guidance)
-        scheduler, vae = load_scheduler(original), load_vae(original)
+        scheduler, vae = load_scheduler(original), load_vae(original, options.device)
         inputs = evaluation_inputs(exact, scheduler, config, seed)
         noise = noise_fidelity(exact, quantized, inputs, guidance)
         layers = layer_fidelity(exact, quantized, inputs)
@@ -92,6 +92,8 @@ def evaluate(
             "steps": steps,
             "guidance": guidance,
             "seed": seed,
+            "device": str(options.device),
+            "dtype": dtype,
             "backend": backend,
             "environment": describe_environment(),
         }

@@ -77,12 +77,12 @@ def _translate(error: BaseException, given: Sequence[str]) -> HQDiTError | None:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return ResourceError(
             f"memory: found too little for this model or batch ({reason}), needed more. "
-            "Fix: lower --batch-size or free memory"
+            "Fix: free memory, or lower --batch-size where there is one"
         )
     if type(error).__name__ == "OutOfMemoryError":
         return ResourceError(
             f"device memory: found too little ({str(error).splitlines()[0]}), needed more. "
-            "Fix: lower --batch-size or use --device cpu"
+            "Fix: use --device cpu, or lower --batch-size where there is one"
         )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return UsageError(f"{error.filename}: found a name that is too long, needed a shorter one. Fix: shorten it")

@@ -101,6 +101,11 @@ def _require_device(name: str) -> torch.device:
         raise EnvironmentUnavailable(
             f"--device: found {name!r}, but torch {torch.__version__} sees no CUDA device. Fix: --device cpu"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentUnavailable(
+            f"--device: found {name!r}, needed a number below {torch.cuda.device_count()}, the devices here. "
+            "Fix: --device cuda:0"
+        )
     return device
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hqdit.cli.options import Debug, Out, Overwrite, Quiet, Seed, running, say
+from hqdit.cli.options import Debug, JsonFile, Out, Overwrite, Quiet, Seed, require_json, running, say, write_json
 
 
 def inject_outliers(
@@ -15,6 +15,7 @@ def inject_outliers(
     factor: Annotated[float, typer.Option(help="How much larger the chosen channels become.")] = 10.0,
     share: Annotated[float, typer.Option(help="Fraction of the channels.")] = 0.05,
     overwrite: Overwrite = False,
+    json_file: JsonFile = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -28,6 +29,8 @@ def inject_outliers(
 
         folder = find_model(source)
         require_free(out, overwrite, folder.root)
+        require_json(json_file, out, folder.root)
         save(inject(load_float_transformer(folder), factor, share, seed), out, folder, overwrite)
+        write_json(json_file, {"source": source, "factor": factor, "share": share, "seed": seed})
         if not quiet:
             say(f"{out}: stress variant of {source}, {share:.0%} of the modulated channels times {factor:g}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hqdit.cli.options import (
+    BackendName,
     Debug,
     Device,
     Guidance,
@@ -36,7 +38,9 @@ def quantize(
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must not exist.")] = None,
     preset: Annotated[str, typer.Option(help="hqdit (the paper) or minmax (round-to-nearest).")] = "hqdit",
     weights: Annotated[str | None, typer.Option(help="fp4, e2m1, e1m2, e3m0, int4, ... or table:n,...,n.")] = None,
-    activations: Annotated[str | None, typer.Option(help="same, or a format as for --weights.")] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="same (the layer's format), or a format's name or table.")
+    ] = None,
     weight_granularity: Annotated[str | None, typer.Option(help="tensor, channel or group.")] = None,
     activation_granularity: Annotated[
         str | None, typer.Option(help="token, group, tensor, channel or channel-token.")
@@ -64,6 +68,7 @@ def quantize(
     seed: Seed = 0,
     quiet: Quiet = False,
     device: Device = "cpu",
+    backend: BackendName = "torch",
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -71,7 +76,7 @@ def quantize(
     require_count("--calibration-samples", calibration_samples)
     if out is None and not dry_run:
         raise UsageError("--out: found nothing, needed the folder to write. Fix: add --out DST, or --dry-run")
-    with running(quiet_mode=quiet, device=device, threads=threads, seed=seed) as options:
+    with running(quiet_mode=quiet, device=device, backend=backend, threads=threads, seed=seed) as options:
         from hqdit.calibration.samples import CalibrationSet
         from hqdit.models.source import find_model, load_float_transformer, load_scheduler
         from hqdit.pipeline.checkpoint import save
@@ -103,14 +108,16 @@ def quantize(
         sampling = SamplingConfig(steps, guidance)
         folder = find_model(source)
         sources = [folder.root] if calibration is None else [folder.root, calibration]
+        existed = out is not None and out.exists()
         if out is not None:
             require_free(out, overwrite, *sources)
         require_json(json_file, out, *sources)
         given = CalibrationSet.from_file(calibration) if calibration is not None else None
         model = load_float_transformer(folder).to(options.device)
         scheduler = load_scheduler(folder)
-        require_steps(scheduler, steps)
-        require_guidance(model, guidance)
+        if given is None and config.needs_calibration:
+            require_steps(scheduler, steps)
+            require_guidance(model, guidance)
         plan = plan_quantization(model, config)
         if dry_run or out is None:
             _print_plan(plan)
@@ -123,7 +130,8 @@ def quantize(
         from hqdit.analysis.inspection import inspect_checkpoint
         from hqdit.cli.inspect import print_sizes
 
-        with discarded_on_error(out):
+        # What was replaced is gone already: then the new checkpoint, which is whole, is worth keeping.
+        with nullcontext() if existed else discarded_on_error(out):
             result = inspect_checkpoint(out)
             write_json(json_file, result)
         if not quiet:

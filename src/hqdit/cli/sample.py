@@ -20,7 +20,6 @@ from hqdit.cli.options import (
     Seed,
     Steps,
     Threads,
-    discarded_on_error,
     parse_classes,
     require_count,
     require_json,
@@ -74,7 +73,7 @@ def sample(
         labels = given or list(range(min(DEFAULT_CLASSES, adapter_for(transformer).num_classes(transformer))))
         require_classes(labels, transformer)
         require_guidance(transformer, guidance)
-        vae = load_vae(folder)
+        vae = load_vae(folder, options.device)
         chosen = [labels[index % len(labels)] for index in range(num)]
         images = to_uint8(
             generate_images(transformer, load_scheduler(folder), vae, chosen, config, seed, batch_size=batch_size)
@@ -84,16 +83,18 @@ def sample(
             for name, image in zip(files, as_pil(images), strict=True):
                 image.save(staged / name)
             (staged / "grid.png").write_bytes(image_grid(images.numpy(), columns=min(len(labels), num)))
-        result = {
-            "files": files,
-            "grid": "grid.png",
-            "classes": chosen,
-            "steps": steps,
-            "guidance": guidance,
-            "seed": seed,
-            "environment": describe_environment(),
-        }
-        with discarded_on_error(out):
+            result = {
+                "files": files,
+                "grid": "grid.png",
+                "classes": chosen,
+                "steps": steps,
+                "guidance": guidance,
+                "seed": seed,
+                "device": str(options.device),
+                "dtype": dtype,
+                "backend": backend,
+                "environment": describe_environment(),
+            }
             write_json(json_file, result)
         if not quiet:
             say(f"{out}: {num} images and grid.png")
