@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hqdit.calibration.samples import MIN_TRAJECTORIES, CalibrationSet
 from hqdit.errors import CheckpointError, NumericsError, UsageError
 from hqdit.sampling.noise import CALIBRATION, EVALUATION, SAMPLE, starting_noise
-from hqdit.sampling.sampler import SamplingConfig, sample_latents
+from hqdit.sampling.sampler import BATCH_SIZE, SamplingConfig, sample_latents
 
 STEPS = 4
 
@@ -125,12 +125,13 @@ def as_rows(latents: Tensor, timesteps: list[int], classes: list[int]) -> Counte
 
 
 @pytest.mark.parametrize("build", [tiny_dit, latent_dit])
-def test_tuples_are_those_of_the_sampler(build: Callable[[], Any]) -> None:
+@pytest.mark.parametrize(("trajectories", "steps"), [(MIN_TRAJECTORIES, STEPS), (BATCH_SIZE + 9, 1)])
+def test_tuples_are_those_of_the_sampler(build: Callable[[], Any], trajectories: int, steps: int) -> None:
     """Run again from the calibration noise, the sampler passes through exactly these inputs of the model."""
     model, scheduler = build(), ddim()
-    found = CalibrationSet.from_sampler(model, scheduler, 2 * MIN_TRAJECTORIES * STEPS, SamplingConfig(STEPS))
-    noise = starting_noise(0, CALIBRATION, range(MIN_TRAJECTORIES), tuple(found.latents.shape[1:]))
-    scheduler.set_timesteps(STEPS)
+    found = CalibrationSet.from_sampler(model, scheduler, 2 * trajectories * steps, SamplingConfig(steps))
+    noise = starting_noise(0, CALIBRATION, range(trajectories), tuple(found.latents.shape[1:]))
+    scheduler.set_timesteps(steps)
     started = [
         (tuple(x.flatten().tolist()), c)
         for x, t, c in zip(found.latents, found.timesteps.tolist(), found.classes.tolist(), strict=True)
@@ -141,10 +142,10 @@ def test_tuples_are_those_of_the_sampler(build: Callable[[], Any]) -> None:
     passed: Counter[tuple[float, ...]] = Counter()
 
     def observe(_step: int, timestep: int, latents: Tensor) -> None:
-        for classes in (labels, [CLASSES] * MIN_TRAJECTORIES):
-            passed.update(as_rows(latents, [timestep] * MIN_TRAJECTORIES, classes))
+        for classes in (labels, [CLASSES] * trajectories):
+            passed.update(as_rows(latents, [timestep] * trajectories, classes))
 
-    sample_latents(model, scheduler, noise, torch.tensor(labels), SamplingConfig(STEPS), observe)
+    sample_latents(model, scheduler, noise, torch.tensor(labels), SamplingConfig(steps), observe)
     assert as_rows(found.latents, found.timesteps.tolist(), found.classes.tolist()) == passed
 
 

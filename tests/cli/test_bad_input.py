@@ -39,13 +39,13 @@ def save_small(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS_NAME)
     change(tensors)
     save_file(tensors, folder / WEIGHTS_NAME)
 
 
-def poke(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+def poke(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name].view(-1)[1] = value
 
@@ -89,11 +89,11 @@ def make_models(root: Path) -> None:
         archive.writestr("archive/data.pkl", b"data")
     change_weights(faulty("nan"), poke("transformer_blocks.0.attn1.to_k.weight", float("nan")))
     change_weights(faulty("inf"), poke("proj_out_2.bias", float("inf")))
-    change_weights(faulty("missing"), lambda tensors: tensors.pop("proj_out_2.bias") and None)
+    change_weights(faulty("missing"), lambda tensors: tensors.pop("proj_out_2.bias"))
     change_weights(faulty("unexpected"), lambda tensors: tensors.update({f"extra{CONTROL}": torch.zeros(1)}))
     change_weights(faulty("shape"), lambda tensors: tensors.update({"proj_out_2.bias": torch.zeros(3)}))
     change_weights(faulty("int weights"), lambda tensors: tensors.update({"proj_out_2.bias": torch.zeros(16).int()}))
-    change_weights(faulty("overflow"), lambda tensors: tensors["proj_out_2.weight"].fill_(3e38) and None)
+    change_weights(faulty("overflow"), lambda tensors: tensors["proj_out_2.weight"].fill_(3e38))
     (faulty("no weights") / WEIGHTS_NAME).unlink()
     (folder := faulty("only bin")).joinpath(WEIGHTS_NAME).rename(folder / "diffusion_pytorch_model.bin")
     (folder := faulty("shard outside")).joinpath(WEIGHTS_NAME).unlink()

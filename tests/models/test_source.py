@@ -114,6 +114,12 @@ def test_a_folder_goes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monke
     assert find_model("owner/name").transformer == Path("owner/name")
 
 
+def test_a_name_beside_an_existing_folder_is_a_mistyped_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: find_model("out/w4a4"), "out/w4a4", "no such file")
+
+
 def test_transformer_folder(folder: Path) -> None:
     found = find_model(folder)
     assert (found.root, found.transformer) == (folder, folder)
@@ -176,11 +182,13 @@ def test_unknown_config_keys(folder: Path) -> None:
         ("num_attention_heads", "two"),
         ("num_attention_heads", None),
         ("num_attention_heads", -2),
+        ("num_attention_heads", 10**9),
         ("attention_head_dim", 1.5),
         ("attention_head_dim", -36),
         ("num_layers", None),
         ("num_layers", 0),
         ("num_layers", -1),
+        ("num_layers", 10**9),
         ("num_layers", 1.5),
         ("patch_size", 0),
         ("patch_size", "4"),

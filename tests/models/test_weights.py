@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from tiny import require_complete
 
-from hqdit.errors import CheckpointError
+from hqdit.errors import CheckpointError, ResourceError
 from hqdit.models.weights import (
     INDEX_NAME,
     WEIGHTS_NAME,
@@ -27,6 +27,7 @@ from hqdit.models.weights import (
     require_finite,
     require_state,
     weight_files,
+    write_safetensors,
 )
 
 TENSORS = {
@@ -332,6 +333,22 @@ def test_only_pickled_weights(tmp_path: Path) -> None:
 def test_weights_under_another_name(tmp_path: Path) -> None:
     file_of(tmp_path, GOOD, "model.safetensors")
     refused(tmp_path, "only model.safetensors", WEIGHTS_NAME, read=weight_files)
+
+
+def test_written_files_come_back(tmp_path: Path) -> None:
+    path = tmp_path / WEIGHTS_NAME
+    write_safetensors(TENSORS, path)
+    found = read_safetensors(path)
+    assert found.keys() == TENSORS.keys()
+    assert all(found[name].dtype == TENSORS[name].dtype and torch.equal(found[name], TENSORS[name]) for name in found)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_files_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError) as info:
+        write_safetensors(TENSORS, tmp_path / "missing" / WEIGHTS_NAME)
+    assert info.value.exit_code == 5
+    require_complete(info.value, WEIGHTS_NAME)
 
 
 def test_no_weights_at_all(tmp_path: Path) -> None:

@@ -241,6 +241,15 @@ def test_output_at_inside_or_around_the_source(tmp_path: Path, monkeypatch: pyte
     refused(tmp_path / "x", Path("x"), parts=("source",))
 
 
+def test_output_that_holds_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for out in (Path("."), Path(".."), tmp_path / "a", tmp_path):
+        refused(out, overwrite=True, parts=("current folder",))
+    require_free(Path("c"), True)
+    require_free(tmp_path / "d", True)
+
+
 def test_output_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused(tmp_path / "file" / "out", parts=(str(tmp_path / "file"),))

@@ -481,6 +481,17 @@ def test_keep_dtype_halves_what_is_kept(tmp_path: Path) -> None:
     assert sizes["float32"] < kept + quantized + 20_000
 
 
+def test_numbers_that_the_kept_dtype_cannot_hold() -> None:
+    model = tiny_dit()
+    model.proj_out_1.weight.data[0, 0] = 1e6  # float16 ends at 65504
+    before = state_hash(model)
+    with pytest.raises(NumericsError) as info:
+        quantize(model, QuantizationConfig(gptq=False, keep_dtype="float16"))
+    require_complete(info.value, "proj_out_1.weight", "float16", "--keep-dtype")
+    assert state_hash(model) == before
+    quantize(model, QuantizationConfig(gptq=False, keep_dtype="bfloat16"))
+
+
 def test_source_dtypes_are_kept(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -116,6 +116,23 @@ def test_scheduler_with_noise_of_its_own(name: str, options: dict[str, Any]) -> 
     refused(call, CheckpointError, 3, name, "DDIMScheduler")
 
 
+def test_scheduler_that_nobody_knows() -> None:
+    class OwnScheduler(diffusers.DDIMScheduler):
+        pass
+
+    noise = starting_noise(0, SAMPLE, [0], (1, 8, 8))
+    call = lambda: sample_latents(tiny_dit(), OwnScheduler(), noise, torch.tensor([0]), SamplingConfig(2))  # noqa: E731
+    refused(call, CheckpointError, 3, "OwnScheduler", "DDIMScheduler")
+
+
+def test_fractional_time_steps() -> None:
+    # linspace(0, 999, 4) is whole, linspace(0, 999, 5) is not, and the model sees whole time steps.
+    scheduler = diffusers.EulerDiscreteScheduler()
+    assert generate_images(tiny_dit(), scheduler, None, [0], SamplingConfig(4)).shape == (1, 1, 8, 8)
+    call = lambda: generate_images(tiny_dit(), scheduler, None, [0], SamplingConfig(5))  # noqa: E731
+    refused(call, CheckpointError, 3, "EulerDiscreteScheduler", "5 steps")
+
+
 # --- guidance
 
 
@@ -200,8 +217,9 @@ def plain_loop(model: Any, scheduler: Any, noise: Tensor, classes: Tensor, steps
         diffusers.DPMSolverMultistepScheduler(),
         diffusers.UniPCMultistepScheduler(),
         diffusers.PNDMScheduler(skip_prk_steps=True),
+        diffusers.EulerDiscreteScheduler(timestep_spacing="leading"),
     ],
-    ids=["ddim", "ddim zero snr", "dpm", "unipc", "pndm"],
+    ids=["ddim", "ddim zero snr", "dpm", "unipc", "pndm", "euler"],
 )
 @pytest.mark.parametrize("build", [tiny_dit, latent_dit])
 def test_trajectory_is_that_of_diffusers(scheduler: Any, build: Callable[[], Any]) -> None:
@@ -253,6 +271,22 @@ def test_observer_sees_every_step_before_it_happens() -> None:
     assert [timestep for _, timestep, _ in seen] == [int(t) for t in scheduler.timesteps]
     assert torch.equal(seen[0][2], noise * scheduler.init_noise_sigma)
     assert all(not torch.equal(a[2], b[2]) for a, b in zip(seen, seen[1:], strict=False))
+
+
+def test_observer_sees_the_input_of_the_model() -> None:
+    # Euler scales the latents by 1 / sqrt(sigma^2 + 1) in front of the model.
+    model, seen = tiny_dit(), []
+    calls = recorded(model)
+    noise = starting_noise(0, SAMPLE, range(2), (1, 8, 8))
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading")
+    observe = lambda _s, t, x: seen.append((t, x.clone()))  # noqa: E731
+    sample_latents(model, scheduler, noise, torch.tensor([0, 1]), SamplingConfig(5, 1.0), observe)
+    assert len(calls) == len(seen) == 5
+    for call, (timestep, latents) in zip(calls, seen, strict=True):
+        assert torch.equal(call["latents"], latents)
+        assert call["timesteps"].tolist() == [timestep] * 2
+    # init_noise_sigma makes the noise as large as sigma, which the scaling takes back.
+    torch.testing.assert_close(seen[0][1], noise, rtol=1e-3, atol=0.0)
 
 
 def test_scheduler_state_does_not_leak_into_the_next_run() -> None:
