@@ -480,7 +480,7 @@ def test_every_value_replaced_by_another_type(folder: Path) -> None:
     for path in paths_of(focus):
         if not path:
             continue
-        for wrong in (None, "x", -1, 1.5, [], {}, [[]], 10**30, True):
+        for wrong in (None, "x", -1, 1.5, 12.0, [], {}, [[]], 10**30, True):
             changed = copy.deepcopy(whole)
             target = changed
             for key in path[:-1]:

@@ -106,11 +106,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         _require_text(given)
         code = typer.main.get_command(app).main(args=given, prog_name="hqdit", standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # what the parser makes of a KeyboardInterrupt; older ones raise Abort
+            return _interrupted()
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _interrupted()
     except Exception as error:
-        if type(error).__name__ == "Abort":  # what the parser makes of a KeyboardInterrupt
+        if type(error).__name__ == "Abort":
             return _interrupted()
         translated = _translate(error, given)
         if "--debug" in given or translated is None:
@@ -125,7 +127,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    print("hqdit: interrupted; nothing was left at --out. Fix: run the same command again", file=sys.stderr)
+    print("hqdit: interrupted; what was at --out is there as before. Fix: run the same command again", file=sys.stderr)
     return EXIT_INTERRUPTED
 
 

@@ -27,7 +27,7 @@ def require_group_size(group_size: int | None, width: int, where: str) -> int:
     Raises:
         UsageError: it is not; the message lists the sizes that work.
     """
-    if group_size is None or group_size < 4 or group_size % 4 or width % group_size:
+    if not isinstance(group_size, int) or group_size < 4 or group_size % 4 or width % group_size:
         sizes = [size for size in range(4, width + 1, 4) if width % size == 0]
         raise UsageError(
             f"{where}: found group size {group_size} on width {width}, needed a multiple of 4 that divides it. "
