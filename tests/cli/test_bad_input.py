@@ -502,7 +502,7 @@ NUMERICS = [
     ("quantize width52 --out out --fold-value-rotation", "52", "[4]"),
     ("quantize bad/overflow --out out", "infinite"),
     ("sample bad/overflow --out out --num 2", "infinite"),
-    ("evaluate bad/overflow --against model", "infinite"),
+    ("evaluate bad/overflow --against model", "NaN or infinity"),
     ("evaluate model --against bad/overflow", "infinite"),
 ]
 
@@ -546,6 +546,22 @@ def test_broken_models(hqdit: Hqdit, unchanged: Path, name: str) -> None:
     require_contract(hqdit("sample", source, "--out", "out", "--num", 1, "--steps", 1), 3, *BROKEN[name])
     require_contract(hqdit("evaluate", source, "--against", "model", "--steps", 1) if "scheduler" not in name else
                      hqdit("evaluate", "quantized", "--against", source, "--steps", 1), 3, *BROKEN[name])  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [..., None, "x", -1, 10**30, 1.5, [], {}], ids=str)
+def test_inspect_shows_or_refuses_any_record(hqdit: Hqdit, workspace: Path, tmp_path: Path, value: object) -> None:
+    folder = Path(shutil.copytree(workspace / "quantized", tmp_path / "q"))
+    config = json.loads((folder / "config.json").read_text())
+    record = config["quantization_config"]["layers"]["transformer_blocks.0.attn1.to_q"]["record"]
+    for key, original in list(record.items()):
+        record[key] = value
+        if value is ...:
+            del record[key]
+        (folder / "config.json").write_text(json.dumps(config))
+        outcome = hqdit("inspect", folder)
+        if outcome.code:
+            require_contract(outcome, 3, key)
+        record[key] = original
 
 
 def test_the_table_of_a_misfit_is_short_and_escaped(hqdit: Hqdit, unchanged: Path) -> None:
