@@ -78,7 +78,7 @@ def test_sums_are_float64() -> None:
 def test_non_finite_features_are_refused(bad: float) -> None:
     features = np.zeros((5, 3))
     features[4, 2] = bad
-    with pytest.raises(NumericsError, match="features: 1 of 15"):
+    with pytest.raises(NumericsError, match="features: found 1 of 15"):
         GaussianStatistics.from_features(features)
 
 
@@ -109,7 +109,7 @@ def test_statistics_that_do_not_fit_are_refused() -> None:
         GaussianStatistics(np.zeros(3), np.eye(2), 5)
     with pytest.raises(UsageError, match="transpose"):
         GaussianStatistics(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]), 5)
-    with pytest.raises(NumericsError, match="covariance: 1 of 4"):
+    with pytest.raises(NumericsError, match="covariance: found 1 of 4"):
         GaussianStatistics(np.zeros(2), np.diag([1.0, np.nan]), 5)
     with pytest.raises(NumericsError, match="mean: 1 of 2"):
         GaussianStatistics(np.array([0.0, np.nan]), np.eye(2), 5)

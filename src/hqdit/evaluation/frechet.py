@@ -46,9 +46,9 @@ class GaussianStatistics:
         d = len(self.mean) if self.mean.ndim == 1 else 0
         if d == 0 or self.covariance.shape != (d, d):
             raise UsageError(
-                f"GaussianStatistics: mean of shape {self.mean.shape} and covariance of shape"
-                f" {self.covariance.shape} do not fit; needed: (d,) and (d, d) with d >= 1;"
-                " build them with GaussianStatistics.from_features"
+                f"GaussianStatistics: found mean of shape {self.mean.shape} and covariance of shape"
+                f" {self.covariance.shape}, needed (d,) and (d, d) with d >= 1."
+                " Fix: build them with GaussianStatistics.from_features"
             )
         if self.count < 2:
             raise UsageError(_too_few(self.count))
@@ -57,8 +57,8 @@ class GaussianStatistics:
         asymmetry = float(np.abs(self.covariance - self.covariance.T).max())
         if asymmetry > 1e-10 * float(np.abs(self.covariance).max()):
             raise UsageError(
-                f"GaussianStatistics: covariance differs from its transpose by up to {asymmetry:.3g}; needed:"
-                " a symmetric matrix; build it with GaussianStatistics.from_features"
+                f"GaussianStatistics: found a covariance that differs from its transpose by up to {asymmetry:.3g},"
+                " needed a symmetric matrix. Fix: build it with GaussianStatistics.from_features"
             )
 
     @classmethod
@@ -75,8 +75,8 @@ class GaussianStatistics:
         rows = np.asarray(features, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] == 0:
             raise UsageError(
-                f"Fréchet statistics: features have shape {rows.shape}; needed: (n, d) with d >= 1, one"
-                " feature vector per row; reshape them"
+                f"Fréchet statistics: found features of shape {rows.shape}, needed (n, d) with d >= 1, one"
+                " feature vector per row. Fix: reshape them"
             )
         n = rows.shape[0]
         if n < 2:
@@ -115,8 +115,8 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise UsageError(
-            f"Fréchet distance: feature widths {len(a.mean)} and {len(b.mean)} differ; needed: the same"
-            " extractor on both sides; recompute one of them"
+            f"Fréchet distance: found feature widths {len(a.mean)} and {len(b.mean)}, needed the same"
+            " extractor on both sides. Fix: recompute one of them"
         )
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is reported below, by name
         difference = a.mean - b.mean
@@ -127,8 +127,8 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
         distance = float(difference @ difference + traces - 2.0 * cross)
     if not np.isfinite(distance):
         raise NumericsError(
-            f"Fréchet distance: the result is {distance}; needed: a finite number; the features are too large"
-            " for float64, rescale them"
+            f"Fréchet distance: found {distance}, needed a finite number. Fix: rescale the features, which are too"
+            " large for float64"
         )
     return max(distance, 0.0)
 
@@ -138,8 +138,9 @@ def _square_root(covariance: Float64Array, which: str) -> Float64Array:
     eigenvalues, vectors = np.linalg.eigh(covariance)
     if eigenvalues[0] < -_NEGATIVE_SHARE * max(float(eigenvalues[-1]), 0.0):
         raise NumericsError(
-            f"Fréchet distance: the {which} covariance has eigenvalues from {eigenvalues[0]:.3g} to"
-            f" {eigenvalues[-1]:.3g}; needed: none below zero; build it with GaussianStatistics.from_features"
+            f"Fréchet distance: found eigenvalues from {eigenvalues[0]:.3g} to"
+            f" {eigenvalues[-1]:.3g} in the {which} covariance, needed none below zero."
+            " Fix: build it with GaussianStatistics.from_features"
         )
     root: Float64Array = (vectors * np.sqrt(np.clip(eigenvalues, 0.0, None))) @ vectors.T
     return root
@@ -149,10 +150,10 @@ def _require_finite(values: Float64Array, what: str) -> None:
     bad = int(np.count_nonzero(~np.isfinite(values)))
     if bad:
         raise NumericsError(
-            f"{what}: {bad} of {values.size} values are NaN or infinite; needed: all finite; check the"
+            f"{what}: found {bad} of {values.size} values NaN or infinite, needed finite ones. Fix: check the"
             " images and the model that made them"
         )
 
 
 def _too_few(count: int) -> str:
-    return f"Fréchet statistics: {count} feature vector(s); needed: at least 2; use more images"
+    return f"Fréchet statistics: found {count} feature vector(s), needed at least 2. Fix: use more images"

@@ -121,8 +121,8 @@ class SurrogateClassifier:
     def _penultimate(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or tuple(images.shape[1:]) != IMAGE_SHAPE or not images.is_floating_point():
             raise UsageError(
-                f"{self.name}: images are {images.dtype} of shape {tuple(images.shape)}; needed: float32 of"
-                " shape (n, 1, 8, 8) with values in [-1, 1]; convert them"
+                f"{self.name}: found images {images.dtype} of shape {tuple(images.shape)}, needed float32 of"
+                " shape (n, 1, 8, 8) with values in [-1, 1]. Fix: convert them"
             )
         inputs = images.detach().to("cpu", torch.float64)
         _require_finite(inputs, f"{self.name}: images")
@@ -160,6 +160,6 @@ def _require_finite(values: Tensor, what: str) -> None:
     if not finite.all():
         rows = int((~finite.flatten(1).all(dim=1)).sum())
         raise NumericsError(
-            f"{what}: {rows} of {len(values)} hold NaN or infinity; needed: finite values; check the model"
+            f"{what}: found NaN or infinity in {rows} of {len(values)}, needed finite values. Fix: check the model"
             " and the sampler that made the images"
         )
