@@ -111,7 +111,7 @@ def test_statistics_that_do_not_fit_are_refused() -> None:
         GaussianStatistics(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]), 5)
     with pytest.raises(NumericsError, match="covariance: found 1 of 4"):
         GaussianStatistics(np.zeros(2), np.diag([1.0, np.nan]), 5)
-    with pytest.raises(NumericsError, match="mean: 1 of 2"):
+    with pytest.raises(NumericsError, match="mean: found 1 of 2"):
         GaussianStatistics(np.array([0.0, np.nan]), np.eye(2), 5)
 
 
