@@ -271,6 +271,7 @@ FLAGS = [
     (QUANTIZE + "--steps 1001", "--steps", "1001", "1000"),
     (QUANTIZE + "--steps abc", "--steps", "'abc'"),
     (QUANTIZE + "--steps 2.5", "--steps", "'2.5'"),
+    (QUANTIZE + "--steps 4 --steps five", "--steps", "'five'"),
     (QUANTIZE + f"--steps {HUGE}", "--steps", str(HUGE)),
     (QUANTIZE + "--guidance nan", "--guidance", "nan"),
     (QUANTIZE + "--guidance inf", "--guidance", "inf"),
