@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from hqdit.cli.main import run
 from hqdit.models.weights import INDEX_NAME, WEIGHTS_NAME
+from hqdit.pipeline import publish
 
 #: Two heads of 12: width 24, MLP 96. Small files, because every row hashes all of them twice.
 SMALL: dict[str, Any] = {"attention_head_dim": 12, "num_layers": 1}
@@ -269,6 +270,7 @@ FLAGS = [
     (QUANTIZE + "--steps 0", "--steps", "found 0"),
     (QUANTIZE + "--steps -1", "--steps", "-1"),
     (QUANTIZE + "--steps 1001", "--steps", "1001", "1000"),
+    ("quantize model --dry-run --steps 1001", "--steps", "1001", "1000"),
     (QUANTIZE + "--steps abc", "--steps", "'abc'"),
     (QUANTIZE + "--steps 2.5", "--steps", "'2.5'"),
     (QUANTIZE + "--steps 4 --steps five", "--steps", "'five'"),
@@ -658,6 +660,22 @@ def test_resources(
     outcome = hqdit(*shlex.split(command))
     require_contract(outcome, code)
     assert fragment.lower() in outcome.first_line.lower()
+
+
+@pytest.mark.parametrize("out", ["out", "full"])
+def test_a_fault_after_the_new_folder_is_in_place(
+    hqdit: Hqdit, unchanged: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    flush = publish._flush
+
+    def fail_at_last(path: Path) -> None:
+        if path == unchanged:  # the folder that holds --out, flushed after both renames
+            assert (unchanged / out / "config.json").is_file()
+            raise FULL
+        flush(path)
+
+    monkeypatch.setattr(publish, "_flush", fail_at_last)
+    require_contract(hqdit("quantize", "model", "--out", out, "--overwrite", "--preset", "minmax"), 5)
 
 
 @pytest.mark.parametrize(("command", "writer"), WRITERS)
