@@ -142,7 +142,7 @@ def parse_block(rotation: str) -> int:
         UsageError: any other text, or an order without a matrix.
     """
     name, _, size = rotation.partition(":")
-    if name != "block" or not size.isdecimal() or int(size) < 2:
+    if name != "block" or not (size.isascii() and size.isdecimal()) or int(size) < 2:
         raise UsageError(
             f"--rotation: found {rotation!r}, needed full, none or block:B with B a positive order. "
             "Fix: for example --rotation block:36"
