@@ -35,7 +35,6 @@ Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance scale; 1.0 switches it off.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Images at once; changes speed and memory only.")]
 
-DTYPE_NAMES = ("float32", "bfloat16", "float16")
 #: Bounds that a number typed by mistake runs into at once, instead of into the end of memory.
 MAX_COUNT, MAX_THREADS = 1_000_000, 1024
 
@@ -70,13 +69,14 @@ def running(
         raise UsageError(
             f"--threads: found {threads}, needed a number from 1 to {MAX_THREADS}. Fix: leave it out to use all cores"
         )
-    if dtype not in DTYPE_NAMES:
-        raise UsageError(f"--dtype: found {dtype!r}, needed one of {', '.join(DTYPE_NAMES)}. Fix: pick one of them")
     import torch
 
     from hqdit.integrations.diffusers_logging import silence_diffusers
     from hqdit.kernels.backend import use_backend
+    from hqdit.pipeline.config import KEEP_DTYPES
 
+    if dtype not in KEEP_DTYPES:
+        raise UsageError(f"--dtype: found {dtype!r}, needed one of {', '.join(KEEP_DTYPES)}. Fix: pick one of them")
     silence_diffusers()
     with ExitStack() as stack:
         stack.enter_context(quiet(quiet_mode))

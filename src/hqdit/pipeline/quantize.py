@@ -31,8 +31,6 @@ from hqdit.quantizers.scaling import MIN_SCALE
 from hqdit.quantizers.spec import STATIC_GRANULARITIES, ActivationSpec, LinearSpec, WeightSpec
 from hqdit.transforms.rotation import rotate, rotate_online
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @torch.no_grad()
 def quantize(
@@ -117,7 +115,7 @@ def _by_block(plan: QuantizationPlan, blocks: int) -> list[tuple[int, list[Plann
 
 def _storage_dtypes(model: nn.Module, config: QuantizationConfig) -> dict[str, torch.dtype]:
     """How each float tensor of the unquantized rest will be stored: as asked, or as in the source's file."""
-    asked = DTYPES[config.keep_dtype] if config.keep_dtype else None
+    asked: torch.dtype | None = getattr(torch, config.keep_dtype) if config.keep_dtype else None
     of_source: dict[str, torch.dtype] = getattr(model, "source_dtypes", {})
     dtypes = {}
     for name, tensor in model.state_dict().items():
