@@ -2,9 +2,16 @@
 
 PYTHON ?= $(shell if python3.11 -c '' 2>/dev/null; then echo python3.11; else echo python3; fi)
 
+JSON ?= benchmarks/results/cpu.json
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+# At a fixed path, where `hqdit bench` looks for it.
+PEERS_VENV := .venv-peers
+PEERS := benchmarks/peers/requirements.txt
+# What the native kernels are compiled from: a change installs them anew.
+NATIVE := CMakeLists.txt $(wildcard native/include/hqdit/*.h native/src/*)
 
 # The isolated builds of the package use the pinned versions too (newer releases of pip read the second).
 export PIP_CONSTRAINT := constraints.txt
@@ -13,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint soak train-digits train-classifier check-digits stress records readme package clean
+.PHONY: help demo test native-test bench bench-peers lint soak train-digits train-classifier check-digits stress records readme package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-18s%s\n", $$1, $$2}'
@@ -29,6 +36,14 @@ lint: $(VENV)/.stamp-dev ## check style, formatting, types and import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+native-test: $(VENV)/.stamp-dev ## build and run the C++ tests: release, sanitizers, valgrind, instruction sets
+	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run
+
+bench: $(VENV)/.stamp-run bench-peers ## measure speed and memory against other libraries; JSON=FILE
+	$(BIN)/hqdit bench --json $(JSON)
+
+bench-peers: $(PEERS_VENV)/.stamp ## install what hqdit bench compares with, in an environment of its own
 
 soak: $(VENV)/.stamp-dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m soak
@@ -69,14 +84,21 @@ $(VENV)/.stamp-venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+$(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.stamp-train: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+$(VENV)/.stamp-train: $(VENV)/.stamp-venv pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) install -c constraints.txt -e '.[train]'
 	@touch $(VENV)/.stamp-run $@
 
-$(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+$(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.stamp-run $(VENV)/.stamp-train $@
+
+$(PEERS_VENV)/.stamp: $(PEERS) constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo 'hqdit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install -c constraints.txt -r $(PEERS)
+	@touch $@
