@@ -12,10 +12,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
 from hqdit.calibration.samples import CalibrationSet
+from hqdit.kernels.selection import BACKENDS
 from hqdit.sampling.sampler import SamplingConfig
 
 CLASSES = 5
 WIDTH, BLOCKS = 72, 2  # 2 heads of 36, so that the 36-order transform and its halves are exercised
+
+#: Backends that run on this machine; the native one does wherever a compiler was found.
+RUNNABLE = {name: backend for name, backend in BACKENDS.items() if backend.unavailable_reason() is None}
 
 #: Geometry of the model that most tests use.
 CONFIG: dict[str, Any] = {

@@ -13,11 +13,12 @@ import torch
 from conftest import Hqdit, Models, tree
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import RUNNABLE
 from torch import nn
 
 import hqdit.sampling.sampler as sampler
 from hqdit.cli.doctor import PackageNotFoundError
-from hqdit.kernels.backend import BACKENDS
+from hqdit.kernels.selection import BACKENDS
 from hqdit.models.source import find_model, load_float_transformer
 from hqdit.models.weights import WEIGHTS_NAME
 from hqdit.pipeline.checkpoint import load
@@ -241,7 +242,7 @@ def test_sample_in_another_dtype_and_on_every_backend(hqdit: Hqdit, models: Mode
             == 0
         )
     found = {}
-    for backend in BACKENDS:
+    for backend in RUNNABLE:
         assert (
             hqdit(
                 "sample", models.quantized, "--out", tmp_path / backend, "--num", 2, "--steps", 2, "--backend", backend
@@ -368,7 +369,9 @@ def test_doctor_names_libraries_and_backends(hqdit: Hqdit, tmp_path: Path) -> No
     outcome = hqdit("doctor", "--json", tmp_path / "d.json")
     assert (outcome.code, outcome.err) == (0, "")
     record = read(tmp_path / "d.json")
-    assert record["backends"] == {"torch": "available", "reference": "available"}
+    assert set(record["backends"]) == {"native", "torch", "reference"}
+    assert {record["backends"][name] for name in RUNNABLE} == {"available"}
+    assert ("native" in record) == ("native" in RUNNABLE)
     assert record["libraries"]["torch"] == torch.__version__ and torch.__version__ in outcome.out
     for name in (*record["libraries"], *record["backends"]):
         assert name in outcome.out
@@ -380,7 +383,8 @@ def test_doctor_says_why_a_backend_is_missing(
     monkeypatch.setattr(BACKENDS["torch"], "unavailable_reason", lambda *_: "torch._int_mm is gone", raising=True)
     outcome = hqdit("doctor", "--json", tmp_path / "d.json")
     assert outcome.code == 0 and "torch._int_mm is gone" in outcome.out
-    outcome = hqdit("sample", models.quantized, "--out", tmp_path / "s", "--num", 1, "--steps", 1)
+    command = ("sample", models.quantized, "--out", tmp_path / "s", "--num", 1, "--steps", 1, "--backend", "torch")
+    outcome = hqdit(*command)
     assert outcome.code == 6 and "torch._int_mm is gone" in outcome.first_line and "Fix:" in outcome.first_line
 
 

@@ -35,12 +35,30 @@ from hqdit.pipeline.quantize import quantize
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "hqdit"
-GUIDES = ("docs/architecture.md", "docs/method.md", "docs/checkpoint.md", "CONTRIBUTING.md", "CHANGELOG.md")
+GUIDES = (
+    "docs/architecture.md",
+    "docs/method.md",
+    "docs/checkpoint.md",
+    "docs/kernels.md",
+    "docs/records.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)
 DOCUMENTS = (*GUIDES, "README.md")
 FREE_MODULES = ("errors", "progress", "randomness")
-FILE_ENDINGS = (".py", ".md", ".toml", ".html", ".yml", ".txt", ".json")
+FILE_ENDINGS = (".py", ".md", ".toml", ".html", ".yml", ".txt", ".json", ".h", ".cc")
 #: Files that exist beside a model, or after a command has run, and not in the repository.
-OTHER_FILES = {"config.json", "model_index.json", "transformer/config.json", "demo/report.html"}
+OTHER_FILES = {
+    "config.json",
+    "model_index.json",
+    "transformer/config.json",
+    "demo/report.html",
+    "benchmarks/results/cpu.json",
+    "docs/records/native_soak.json",
+    "build/native",
+}
+#: Kernels, and what the files of their instruction sets are named after.
+KERNELS, INSTRUCTION_SETS = ("product", "rotate_quantize", "attention"), ("portable", "avx2", "avx512", "amx")
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS)
 each_guide = pytest.mark.parametrize("document", GUIDES)
@@ -118,7 +136,8 @@ def packages() -> frozenset[str]:
 
 @functools.cache
 def words_of_source() -> frozenset[str]:
-    files = [*SOURCE.rglob("*.py"), ROOT / "Makefile", *(ROOT / "training").glob("*.py")]
+    files = [*SOURCE.rglob("*.py"), ROOT / "Makefile", ROOT / "CMakeLists.txt", *(ROOT / "training").glob("*.py")]
+    files += [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "native").rglob("*.h"), *(ROOT / "native").rglob("*.cc")]
     return frozenset(re.findall(r"[A-Za-z_]\w*", "\n".join(path.read_text(encoding="utf-8") for path in files)))
 
 
@@ -305,6 +324,25 @@ def test_reports_work_on_plain_records() -> None:
     assert ("torch", "report") not in set(imported_by())
 
 
+# docs/kernels.md
+
+
+def test_every_native_file_has_its_line() -> None:
+    by_instruction_set = {f"native/src/{kernel}_{isa}.cc" for kernel in KERNELS for isa in INSTRUCTION_SETS}
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "native").rglob("*") if path.is_file()}
+    others = {name for name in files - by_instruction_set if not name.endswith(("_test.cc", ".pyc"))}
+    listed = first_column(section("docs/kernels.md", "Files"))
+    assert sorted(listed) == sorted(set(listed))
+    assert set(listed) == others
+
+
+def test_every_instruction_set_has_its_line() -> None:
+    names = re.search(r"kNames\[kIsaCount\] = \{(.*?)\}", text_of("native/src/isa.cc"))
+    assert names is not None
+    described = [row[0] for row in rows(section("docs/kernels.md", "Instruction sets"))]
+    assert described == re.findall(r'"(\w+)"', names[1])
+
+
 # docs/checkpoint.md, against what a real save writes
 
 CONFIGS = (
@@ -455,6 +493,33 @@ def test_loading_runs_no_quantization_code(saved: list[Path]) -> None:
     forbidden = ("gptq", "calibration", "sampling", "pipeline.plan", "pipeline.rotation_check")
     forbidden += ("quantizers.scaling", "quantizers.format_selection", "quantizers.quantized_tensor")
     assert not {name for name in ours if name.removeprefix("hqdit.").startswith(forbidden)}
+
+
+# docs/records.md, against the committed records
+
+
+def benchmark_records() -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    return [record for record in found if "rotate_quantize_fraction" in record]
+
+
+def documented_keys(title: str) -> dict[str, str]:
+    return {names_in(row[0])[0]: row[1] for row in rows(section("docs/records.md", title))}
+
+
+def test_keys_of_the_benchmark() -> None:
+    for record in benchmark_records():
+        require_keys([record], documented_keys("Keys of the record"))
+        require_keys(record["product"], documented_keys("An entry of product"))
+        require_keys([record["forward"]], documented_keys("forward"))
+        require_keys(record["forward"]["by_tokens"], documented_keys("An entry of by_tokens"))
+        require_keys([record["memory"]], documented_keys("memory"))
+
+
+def test_keys_of_the_soak_record() -> None:
+    path = ROOT / "docs" / "records" / "native_soak.json"
+    if path.exists():
+        require_keys([json.loads(path.read_text())], documented_keys("The soak record"))
 
 
 # Examples and versions

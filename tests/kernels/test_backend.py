@@ -13,19 +13,17 @@ from hypothesis import strategies as st
 
 from hqdit.errors import EnvironmentUnavailable, UsageError
 from hqdit.kernels.backend import (
-    BACKENDS,
     CUDA_MIN_ROWS,
     CUDA_MULTIPLE,
-    DEFAULT_BACKEND,
-    Backend,
+    ComposedBackend,
+    ReferenceBackend,
     TorchBackend,
-    current_backend,
     padded_int_mm,
-    require_backend,
-    use_backend,
 )
+from hqdit.kernels.selection import BACKENDS, current_backend, default_backend, require_backend, use_backend
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+COMPOSED = (TorchBackend(), ReferenceBackend())
+each_backend = pytest.mark.parametrize("backend", COMPOSED, ids=lambda backend: backend.name)
 SIZES = st.integers(0, 70)
 WIDTHS = st.integers(2, 140)  # torch 2.13's _int_mm is wrong for K = 1 on CPUs; a 4-bit layer has at least 2 channels
 
@@ -52,7 +50,7 @@ def strided(rng: np.random.Generator, rows: int, columns: int, layout: int) -> t
 
 
 @each_backend
-def test_product_by_hand_in_python_integers(backend: Backend) -> None:
+def test_product_by_hand_in_python_integers(backend: ComposedBackend) -> None:
     a, w = [[1, -2, 3], [-128, 127, 0]], [[4, 5, 6], [-128, 127, 1], [0, 0, -1]]
     expected = [[sum(x * y for x, y in zip(row, column, strict=True)) for column in w] for row in a]
     result = backend.integer_product(torch.tensor(a, dtype=torch.int8), torch.tensor(w, dtype=torch.int8))
@@ -64,7 +62,7 @@ def check_product(m: int, n: int, k: int, seed: int, layouts: tuple[int, int]) -
     rng = np.random.default_rng(seed)
     activation, weight = strided(rng, m, k, layouts[0]), strided(rng, n, k, layouts[1])
     expected = exact(activation, weight)
-    for backend in BACKENDS.values():
+    for backend in COMPOSED:
         result = backend.integer_product(activation, weight)
         assert result.shape == (m, n)
         assert result.dtype == torch.int32
@@ -91,7 +89,7 @@ def test_product_is_exact_20_000_times(m: int, n: int, k: int, seed: int, layout
 @each_backend
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 5), (17, 2)])
 @pytest.mark.parametrize("value", [(-128, -128), (-128, 127), (127, 127)])
-def test_extremes_at_the_bound_of_int32(backend: Backend, m: int, n: int, value: tuple[int, int]) -> None:
+def test_extremes_at_the_bound_of_int32(backend: ComposedBackend, m: int, n: int, value: tuple[int, int]) -> None:
     # 128 * 128 * K <= 2^31 - 1 is what a layer's specification checks.
     k = (2**31 - 1) // (128 * 128)
     assert 128 * 128 * k <= 2**31 - 1 < 128 * 128 * (k + 1)
@@ -102,7 +100,7 @@ def test_extremes_at_the_bound_of_int32(backend: Backend, m: int, n: int, value:
 
 @each_backend
 @pytest.mark.parametrize("m", [0, 1])
-def test_no_rows_and_one_row(backend: Backend, m: int) -> None:
+def test_no_rows_and_one_row(backend: ComposedBackend, m: int) -> None:
     rng = np.random.default_rng(m)
     activation, weight = int8(rng, m, 36), int8(rng, 7, 36)
     result = backend.integer_product(activation, weight)
@@ -145,7 +143,7 @@ def test_padding_meets_the_rule_of_cuda(monkeypatch: pytest.MonkeyPatch, m: int,
 def test_product_on_cuda(m: int, n: int, k: int, seed: int, layouts: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     activation, weight = strided(rng, m, k, layouts[0]), strided(rng, n, k, layouts[1])
-    for backend in BACKENDS.values():
+    for backend in COMPOSED:
         result = backend.integer_product(activation.cuda(), weight.cuda())
         assert np.array_equal(result.cpu().numpy(), exact(activation, weight))
 
@@ -153,11 +151,13 @@ def test_product_on_cuda(m: int, n: int, k: int, seed: int, layouts: tuple[int, 
 # Choosing
 
 
-def test_default_is_torch_and_it_runs_here() -> None:
-    assert DEFAULT_BACKEND == current_backend().name == "torch"
-    assert set(BACKENDS) == {"torch", "reference"}
-    for name in BACKENDS:
+def test_default_is_native_where_it_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(BACKENDS) == ["native", "torch", "reference"]
+    for name in ("torch", "reference"):
         assert require_backend(name).unavailable_reason() is None
+    for reason, expected in ((None, "native"), ("not compiled", "torch")):
+        monkeypatch.setattr(BACKENDS["native"], "unavailable_reason", lambda reason=reason: reason)
+        assert default_backend() == current_backend().name == expected
 
 
 def test_use_backend_nests_and_ends_on_errors() -> None:
@@ -168,7 +168,7 @@ def test_use_backend_nests_and_ends_on_errors() -> None:
         assert current_backend().name == "reference"
     with pytest.raises(RuntimeError, match="body"), use_backend("reference"):
         raise RuntimeError("body")
-    assert current_backend().name == "torch"
+    assert current_backend().name == default_backend()
 
 
 def test_choice_is_not_shared_between_threads() -> None:
@@ -177,15 +177,15 @@ def test_choice_is_not_shared_between_threads() -> None:
         thread = threading.Thread(target=lambda: seen.append(current_backend().name))
         thread.start()
         thread.join()
-    assert seen == ["torch"]
+    assert seen == [default_backend()]
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(UsageError, match="'cuda', needed one of torch, reference"):
+    with pytest.raises(UsageError, match="'cuda', needed one of native, torch, reference"):
         require_backend("cuda")
     with pytest.raises(UsageError), use_backend(""):
         pytest.fail("entered")
-    assert current_backend().name == "torch"
+    assert current_backend().name == default_backend()
 
 
 def test_backend_that_cannot_run_is_refused_without_fallback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import (
     BLOCKS,
@@ -24,10 +25,12 @@ from tiny import (
 from torch import Tensor, nn
 
 from hqdit.errors import CheckpointError
+from hqdit.kernels.selection import use_backend
 from hqdit.layers.linear import HQLinear
 from hqdit.models import adapter as adapter_module
 from hqdit.models.adapter import LinearSite, ModelAdapter, adapter_for, register_adapter
 from hqdit.models.dit import DiTAdapter, SharedInputAttention
+from hqdit.models.dit_block import FusedDiTBlock
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
 
@@ -220,27 +223,107 @@ def processors(model: Any) -> list[type]:
     return [type(block.attn1.processor) for block in model.transformer_blocks]
 
 
-def test_shared_input_gives_the_same_bits(shared: Any) -> None:
-    assert processors(shared) == [SharedInputAttention] * BLOCKS
-    unshared = copy.deepcopy(shared)
-    for block in unshared.transformer_blocks:
+def unfused(model: Any) -> Any:
+    """A copy whose blocks and attention run diffusers' own code."""
+    plain = copy.deepcopy(model)
+    for block in plain.transformer_blocks:
+        block.__class__ = BasicTransformerBlock
         block.attn1.set_processor(AttnProcessor2_0())
-    expected = predicted(unshared)
-    assert bool(torch.isfinite(expected).all())
-    assert torch.equal(predicted(shared), expected)
+    return plain
+
+
+def test_fused_blocks_give_the_same_bits_on_a_composed_backend(shared: Any) -> None:
+    assert processors(shared) == [SharedInputAttention] * BLOCKS
+    assert {type(block) for block in shared.transformer_blocks} == {FusedDiTBlock}
+    with use_backend("torch"):
+        expected = predicted(unfused(shared))
+        assert bool(torch.isfinite(expected).all())
+        assert torch.equal(predicted(shared), expected)
 
 
 def test_shared_input_is_quantized_once(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
     original = HQLinear.quantize_input
 
-    def counted(self: HQLinear, x: Tensor) -> Any:
+    def counted(self: HQLinear, *args: Any) -> Any:
         calls[self.spec.name.partition(".attn1.")[2] or "elsewhere"] += 1
-        return original(self, x)
+        return original(self, *args)
 
     monkeypatch.setattr(HQLinear, "quantize_input", counted)
     predicted(shared)
     assert calls == {"to_q": BLOCKS, "to_out.0": BLOCKS, "elsewhere": 3 * BLOCKS}
+
+
+def test_wrapped_layer_takes_diffusers_forward(shared: Any) -> None:
+    # peft puts a module of its own in a layer's place; the fused forward would pass it by.
+    class Wrapper(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.base_layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + 1.0
+
+    plain, wrapped = unfused(shared), copy.deepcopy(shared)
+    for model in (plain, wrapped):
+        attention = model.transformer_blocks[0].attn1
+        attention.to_out[0] = Wrapper(attention.to_out[0])
+    with use_backend("torch"):
+        assert torch.equal(predicted(wrapped), predicted(plain))
+        assert not torch.equal(predicted(wrapped), predicted(shared))
+
+
+def with_equal_embedders() -> Any:
+    model: Any = tiny_dit()
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(first)
+    return model
+
+
+def test_equal_embedders_are_held_and_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantize(with_equal_embedders(), CONFIGS["rotated"])
+    names = set(quantize(tiny_dit(), CONFIGS["rotated"]).state_dict())
+    embedder = model.transformer_blocks[0].norm1.emb
+    assert all(block.norm1.emb is embedder for block in model.transformer_blocks)
+    assert set(model.state_dict()) == names
+    calls: Counter[int] = Counter()
+    original = type(embedder).forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[id(self)] += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(embedder), "forward", counted)
+    output = predicted(model)
+    assert calls == {id(embedder): 2}  # for all blocks, and for the final layer
+    model._forward_pre_hooks.clear()
+    model._forward_pre_hooks_with_kwargs.clear()
+    assert torch.equal(predicted(model), output)
+    assert calls == {id(embedder): 2 + BLOCKS + 1}
+
+
+def test_different_embedders_stay_apart() -> None:
+    model: Any = quantize(tiny_dit(), CONFIGS["rotated"])
+    assert model.transformer_blocks[0].norm1.emb is not model.transformer_blocks[1].norm1.emb
+    assert not model._forward_pre_hooks
+
+
+def test_shared_embedding_does_not_reach_diffusers_own_forward() -> None:
+    model: Any = quantize(with_equal_embedders(), CONFIGS["rotated"])
+    expected = predicted(model)
+    for block in model.transformer_blocks:
+        block._chunk_size, block._chunk_dim = 2, 1  # takes BasicTransformerBlock.forward
+    with use_backend("torch"):
+        chunked = predicted(model)
+    assert chunked.shape == expected.shape
+    assert bool(torch.isfinite(chunked).all())
+
+
+def test_partly_quantized_block_is_not_fused() -> None:
+    model: Any = quantize(tiny_dit(), CONFIGS["minmax"].replace(exclude=("transformer_blocks.1.ff.*",)))
+    assert [type(block) for block in model.transformer_blocks] == [FusedDiTBlock, BasicTransformerBlock]
+    assert processors(model) == [SharedInputAttention] * BLOCKS
 
 
 def test_shared_attention_keeps_the_dtype() -> None:
@@ -274,5 +357,5 @@ def test_layers_that_see_their_input_differently_are_not_shared(difference: str)
     value = getattr(to_v, buffer).clone()
     value[0] += 1
     setattr(to_v, buffer, value)
-    adapter_for(model).share_inputs(model)
+    adapter_for(model).fuse(model)
     assert processors(model) == [SharedInputAttention, AttnProcessor2_0]

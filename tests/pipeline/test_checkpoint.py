@@ -165,12 +165,11 @@ def hasattr_in(folder: Path, layer: str, buffer: str) -> bool:
     return getattr(quantized_layers(load(folder))[layer], buffer) is not None
 
 
-def test_shared_tensors_are_separate_in_memory(original: Path) -> None:
+def test_tensors_that_are_stored_once_are_held_once(original: Path) -> None:
+    # Converted DiT checkpoints repeat their embedders in every block: a tenth of the float model.
     layers = quantized_layers(load(original))
     q, k = (layers[f"transformer_blocks.0.attn1.to_{letter}"].rotation_signs for letter in "qk")
-    assert q is not None and k is not None and torch.equal(q, k)
-    q[0] ^= 255
-    assert not torch.equal(q, k)
+    assert q is not None and k is not None and q.data_ptr() == k.data_ptr()
 
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def demo(
     seed: Seed = 0,
     quiet: Quiet = False,
     device: Device = "cpu",
-    backend: BackendName = "torch",
+    backend: BackendName = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -101,7 +101,7 @@ def demo(
                 "calibration": f"{calibration_samples} tuples from the model's own sampler",
                 "outliers": f"{DEFAULT_SHARE:.0%} of the modulated channels times {OUTLIER_FACTOR:g}, function kept",
                 **{name: str(value) for name, value in environment.items() if value is not None},
-                "backend": backend,
+                "backend": options.backend,
                 "duration": f"{time.perf_counter() - start:.0f} s",
             }
             notes = [

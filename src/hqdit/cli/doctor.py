@@ -44,7 +44,8 @@ def doctor(json_file: JsonFile = None, debug: Debug = False) -> None:
 
     import torch
 
-    from hqdit.kernels.backend import BACKENDS, DEFAULT_BACKEND
+    from hqdit.kernels import native_library
+    from hqdit.kernels.selection import BACKENDS, default_backend
     from hqdit.pipeline.environment import describe_environment
 
     result["environment"] = describe_environment()
@@ -53,9 +54,18 @@ def doctor(json_file: JsonFile = None, debug: Debug = False) -> None:
     say(f"  processor: {result['environment']['processor']}, {torch.get_num_threads()} threads")
     say(f"  cuda: {result['cuda']}")
     for name, state in result["backends"].items():
-        note = " (default)" if name == DEFAULT_BACKEND else ""
-        say(f"  backend {name}{note}: {state}")
+        say(f"  backend {name}: {state}")
+    if native_library.unavailable_reason() is None:
+        result["native"] = {
+            "instruction_set": native_library.current_instruction_set(),
+            "instruction_sets": native_library.instruction_sets(),
+            "threads": "torch's" if native_library.shares_threads_with_torch() else "started for each call",
+        }
+        available = ", ".join(native_library.instruction_sets())
+        say(f"  native kernels: {result['native']['instruction_set']} (of {available})")
+        say(f"  native threads: {result['native']['threads']}")
     write_json(json_file, result)
+    say(f"  default backend: {default_backend()}")
 
 
 def _is_installed(name: str) -> bool:

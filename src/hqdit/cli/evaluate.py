@@ -40,7 +40,7 @@ def evaluate(
     quiet: Quiet = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    backend: BackendName = "torch",
+    backend: BackendName = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -94,7 +94,7 @@ def evaluate(
             "seed": seed,
             "device": str(options.device),
             "dtype": dtype,
-            "backend": backend,
+            "backend": options.backend,
             "environment": describe_environment(),
         }
         write_json(json_file, result)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import typer
 
 import hqdit
+from hqdit.cli.bench import bench
 from hqdit.cli.demo import demo
 from hqdit.cli.doctor import doctor
 from hqdit.cli.evaluate import evaluate
@@ -32,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, quantize, sample, evaluate, inspect, doctor, inject_outliers):
+for command in (demo, quantize, sample, evaluate, inspect, doctor, inject_outliers, bench):
     app.command()(command)
 
 

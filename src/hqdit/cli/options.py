@@ -28,7 +28,10 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no summary.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16 for the unquantized rest.")]
-BackendName = Annotated[str, typer.Option("--backend", help="torch or reference; see hqdit doctor.")]
+BackendName = Annotated[
+    str | None,
+    typer.Option("--backend", help="native, torch or reference; see hqdit doctor for the default.", show_default=False),
+]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; default: all cores.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
@@ -41,10 +44,11 @@ MAX_COUNT, MAX_THREADS = 1_000_000, 1024
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and how to compute."""
+    """Where and how to compute; `backend` is its description for records."""
 
     device: torch.device
     dtype: torch.dtype
+    backend: str
 
 
 @contextmanager
@@ -72,7 +76,7 @@ def running(
     import torch
 
     from hqdit.integrations.diffusers_logging import silence_diffusers
-    from hqdit.kernels.backend import use_backend
+    from hqdit.kernels.selection import current_backend, default_backend, use_backend
     from hqdit.pipeline.config import KEEP_DTYPES
 
     if dtype not in KEEP_DTYPES:
@@ -80,12 +84,11 @@ def running(
     silence_diffusers()
     with ExitStack() as stack:
         stack.enter_context(quiet(quiet_mode))
-        if backend is not None:
-            stack.enter_context(use_backend(backend))
+        stack.enter_context(use_backend(backend or default_backend()))
         if threads is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
-        yield RunOptions(_require_device(device), getattr(torch, dtype))
+        yield RunOptions(_require_device(device), getattr(torch, dtype), current_backend().description)
 
 
 def _require_device(name: str) -> torch.device:

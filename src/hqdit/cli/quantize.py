@@ -68,7 +68,7 @@ def quantize(
     seed: Seed = 0,
     quiet: Quiet = False,
     device: Device = "cpu",
-    backend: BackendName = "torch",
+    backend: BackendName = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:

@@ -45,7 +45,7 @@ def sample(
     quiet: Quiet = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    backend: BackendName = "torch",
+    backend: BackendName = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -92,7 +92,7 @@ def sample(
                 "seed": seed,
                 "device": str(options.device),
                 "dtype": dtype,
-                "backend": backend,
+                "backend": options.backend,
                 "environment": describe_environment(),
             }
             write_json(json_file, result)

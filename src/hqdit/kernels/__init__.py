@@ -1,1 +1,1 @@
-"""The low-bit linear operation behind one seam of backends."""
+"""The low-bit linear operation and what surrounds it, behind one seam of backends."""

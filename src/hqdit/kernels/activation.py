@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hqdit.numerics.rounding import nearest_levels
-from hqdit.quantizers.scaling import absmax_scale
+from hqdit.quantizers.scaling import absmax_scale, rms_scale
 from hqdit.quantizers.spec import ActivationSpec
 
 
@@ -31,13 +31,16 @@ class QuantizedActivation(NamedTuple):
         return (grouped * self.scale.unsqueeze(-1)).reshape(self.levels.shape)
 
 
-def quantize_activation(x: Tensor, spec: ActivationSpec, static_scale: Tensor | None = None) -> QuantizedActivation:
+def quantize_activation(
+    x: Tensor, spec: ActivationSpec, static_scale: Tensor | None = None, rms_factor: float | None = None
+) -> QuantizedActivation:
     """Levels and scales of rotated inputs.
 
     Args:
         x: float32 (tokens, in_features), rotated and already divided by static channel scales if there are any.
         spec: format and granularity.
         static_scale: float32 (1,) for granularity tensor.
+        rms_factor: a dynamic scale is this times the root mean square; None for absmax / top.
 
     Raises:
         ValueError: granularity tensor without its scale.
@@ -46,7 +49,7 @@ def quantize_activation(x: Tensor, spec: ActivationSpec, static_scale: Tensor | 
     if spec.granularity in ("token", "channel-token", "group"):
         size = spec.group_size or width
         grouped = x.reshape(tokens, width // size, size)
-        scale = absmax_scale(grouped, spec.format)
+        scale = absmax_scale(grouped, spec.format) if rms_factor is None else rms_scale(grouped, rms_factor)
         # A token with one bad number is bad as a whole: its other groups must not look sound.
         scale = torch.where(torch.isfinite(scale).all(dim=1, keepdim=True), scale, torch.nan)
         levels = nearest_levels((grouped / scale.unsqueeze(-1)).reshape(x.shape), spec.format)

@@ -1,30 +1,79 @@
-"""Which implementation multiplies: one seam, the exact integer product.
+"""What an implementation of the kernels has to do, and those that are composed of torch's operations.
 
-Everything around the product (rotation, rounding, scales) is the same code for every backend, so that two backends
-that multiply exactly give the same bits.
+The composed backends differ in the integer product alone; everything around it (rotation, rounding, scales) is the
+same code, so that two of them give the same bits.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hqdit.errors import EnvironmentUnavailable, UsageError
+from hqdit.kernels.activation import QuantizedActivation
+from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight, apply_epilogue, low_bit_linear
+from hqdit.kernels.preparation import Front, InputPreparation, prepare_input
 
 
 class Backend(ABC):
-    """An implementation of the integer product."""
+    """An implementation of the kernels; its methods run on the device of the tensors that they get."""
 
     name: str
+
+    @property
+    def description(self) -> str:
+        """The name, for records; with the instruction set where there are several."""
+        return self.name
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run here, or None if it can."""
+
+    @abstractmethod
+    def quantize_input(self, x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
+        """Levels and scales of a layer's input; `preparation.prepare_input` is the definition.
+
+        Args:
+            x: floating point (tokens, in_features).
+            preparation: the layer's wishes.
+            front: a function that comes before.
+        """
+
+    @abstractmethod
+    def linear(
+        self,
+        activation: QuantizedActivation,
+        weights: Sequence[PackedWeight],
+        epilogue: Epilogue = NO_EPILOGUE,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Tensor]:
+        """One output for each weight that reads `activation`; `low_bit_linear`, `apply_epilogue` are the definition.
+
+        Args:
+            activation: levels (tokens, in_features).
+            weights: of the same in_features and groups; with a gate or a residual, only one.
+            epilogue: what follows the bias.
+            dtype: of the outputs (tokens, out_features), floating point.
+        """
+
+    @abstractmethod
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax(q k^T / sqrt(head_dim)) v, without a mask.
+
+        Args:
+            query: (batch, query tokens, heads, head_dim).
+            key: (batch, key tokens, heads, head_dim).
+            value: likewise.
+
+        Returns:
+            (batch, query tokens, heads, head_dim), contiguous.
+        """
+
+
+class ComposedBackend(Backend):
+    """Separate passes of torch's operations around an exact integer product."""
 
     @abstractmethod
     def integer_product(self, activation: Tensor, weight: Tensor) -> Tensor:
@@ -38,8 +87,29 @@ class Backend(ABC):
             int32 (M, N).
         """
 
+    def quantize_input(self, x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
+        return prepare_input(x, preparation, front)
 
-class ReferenceBackend(Backend):
+    def linear(
+        self,
+        activation: QuantizedActivation,
+        weights: Sequence[PackedWeight],
+        epilogue: Epilogue = NO_EPILOGUE,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Tensor]:
+        return [
+            apply_epilogue(low_bit_linear(activation, weight, self.integer_product), epilogue, dtype)
+            for weight in weights
+        ]
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        )
+        return mixed.transpose(1, 2).contiguous()
+
+
+class ReferenceBackend(ComposedBackend):
     """The definition: a float64 product, exact because every sum stays far below 2^53."""
 
     name = "reference"
@@ -55,7 +125,7 @@ class ReferenceBackend(Backend):
 CUDA_MIN_ROWS, CUDA_MULTIPLE = 17, 8
 
 
-class TorchBackend(Backend):
+class TorchBackend(ComposedBackend):
     """`torch._int_mm`: int8 with int32 sums, through oneDNN on CPUs and cuBLAS on CUDA devices."""
 
     name = "torch"
@@ -97,41 +167,3 @@ def padded_int_mm(activation: Tensor, weight: Tensor, min_rows: int, multiple: i
     padded_activation = torch.nn.functional.pad(activation, (0, pad_width, 0, max(0, min_rows - rows)))
     padded_weight = torch.nn.functional.pad(weight, (0, pad_width, 0, pad_columns))
     return torch._int_mm(padded_activation, padded_weight.T)[:rows, :columns]
-
-
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(), ReferenceBackend())}
-DEFAULT_BACKEND = "torch"
-_selected: ContextVar[str] = ContextVar("hqdit_backend", default=DEFAULT_BACKEND)
-
-
-def current_backend() -> Backend:
-    """The backend that `HQLinear.forward` uses now."""
-    return BACKENDS[_selected.get()]
-
-
-def require_backend(name: str) -> Backend:
-    """The backend called `name`.
-
-    Raises:
-        UsageError: no such backend.
-        EnvironmentUnavailable: it cannot run here; there is no fallback to another one.
-    """
-    if name not in BACKENDS:
-        raise UsageError(f"--backend: found {name!r}, needed one of {', '.join(BACKENDS)}. Fix: pick one of them")
-    reason = BACKENDS[name].unavailable_reason()
-    if reason:
-        raise EnvironmentUnavailable(
-            f"--backend: {name} cannot run here ({reason}). Fix: choose another one; hqdit doctor lists them"
-        )
-    return BACKENDS[name]
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[Backend]:
-    """Run the body with the backend called `name`; errors as in `require_backend`."""
-    backend = require_backend(name)
-    token = _selected.set(name)
-    try:
-        yield backend
-    finally:
-        _selected.reset(token)

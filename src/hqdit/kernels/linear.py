@@ -1,7 +1,8 @@
-"""The quantized linear operation: unpack the weight, multiply, rescale."""
+"""The quantized linear operation: unpack the weight, multiply, rescale, and what may follow."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from hqdit.formats.number_format import NumberFormat
 from hqdit.formats.packed_layout import codes_per_byte
 from hqdit.kernels.activation import QuantizedActivation
-from hqdit.kernels.backend import Backend
+from hqdit.kernels.preparation import apply_pointwise
 from hqdit.numerics.codes import level_table, unpack_codes
 from hqdit.quantizers.quantized_tensor import spread_scale
 
@@ -24,16 +25,48 @@ class PackedWeight(NamedTuple):
         scale: float32 (1, 1), (out_features, 1) or (out_features, groups).
         format_index: uint8 (out_features,) into `formats`, or None.
         formats: the formats in use, of one storage size.
+        level_tables: `packed_level_tables(formats)`.
+        bias: floating point (out_features,) or None.
     """
 
     packed: Tensor
     scale: Tensor
     format_index: Tensor | None
     formats: tuple[NumberFormat, ...]
+    level_tables: Tensor | None
+    bias: Tensor | None = None
+
+
+class Epilogue(NamedTuple):
+    """What follows the bias, while the output is at hand: y = residual + gate * function(y).
+
+    Attributes:
+        function: one of `preparation.POINTWISE`, or None.
+        gate: float32 (samples, out_features); sample s holds for tokens s * T .. (s + 1) * T - 1; None for none.
+        residual: (tokens, out_features) in the dtype of the output; None for none.
+    """
+
+    function: str | None = None
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+
+
+NO_EPILOGUE = Epilogue()
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # the cache outlives the mode of the call that fills it
+def packed_level_tables(formats: tuple[NumberFormat, ...]) -> Tensor | None:
+    """Level of each of the 16 codes of 4-bit formats: int8 (formats, 16) on the CPU; None for wider formats."""
+    if any(fmt.bits > 4 or not fmt.is_int8 for fmt in formats):
+        return None
+    codes = torch.arange(16)
+    # Formats of fewer bits leave codes over, which checked files do not hold.
+    return torch.stack([level_table(fmt, torch.device("cpu"))[codes % (1 << fmt.bits)] for fmt in formats])
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _levels_of_byte(fmt: NumberFormat, device: torch.device) -> Tensor:
     """The levels that each of the 256 bytes holds: (256, codes per byte)."""
     every_byte = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1)
@@ -54,7 +87,7 @@ def unpack_levels(weight: PackedWeight) -> Tensor:
 
 
 def low_bit_linear(
-    activation: QuantizedActivation, weight: PackedWeight, bias: Tensor | None, backend: Backend
+    activation: QuantizedActivation, weight: PackedWeight, integer_product: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Y = sum over groups of scale_a * scale_w * (levels_a levels_w^T), plus bias.
 
@@ -64,8 +97,7 @@ def low_bit_linear(
     Args:
         activation: levels (tokens, in_features).
         weight: packed (out_features, ...).
-        bias: floating point (out_features,) or None.
-        backend: multiplies int8 levels; formats that do not fit in int8 run dequantized in float32 instead.
+        integer_product: A, W -> A W^T for int8 levels; formats that do not fit in int8 run dequantized in float32.
 
     Returns:
         float32 (tokens, out_features).
@@ -78,7 +110,7 @@ def low_bit_linear(
         output: Tensor | None = None
         for group in range(groups):
             columns = slice(group * size, (group + 1) * size)
-            sums = backend.integer_product(activation.levels[:, columns], levels[:, columns])
+            sums = integer_product(activation.levels[:, columns], levels[:, columns])
             token_scale = activation.scale[:, group if activation.scale.shape[1] > 1 else 0].unsqueeze(1)
             weight_scale = weight.scale[:, group if weight.scale.shape[1] > 1 else 0].unsqueeze(0)
             part = sums.to(torch.float32) * token_scale * weight_scale
@@ -87,4 +119,22 @@ def low_bit_linear(
     else:
         dequantized = levels.to(torch.float32) * spread_scale(weight.scale, in_features)
         output = activation.dequantize() @ dequantized.T
-    return output if bias is None else output + bias.to(torch.float32)
+    return output if weight.bias is None else output + weight.bias.to(torch.float32)
+
+
+def apply_epilogue(output: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
+    """The definition of `Epilogue`, in float32, then rounded to `dtype`.
+
+    Args:
+        output: float32 (tokens, out_features), bias included.
+        epilogue: what follows.
+        dtype: of the result.
+    """
+    if epilogue.function is not None:
+        output = apply_pointwise(output, epilogue.function)
+    if epilogue.gate is not None:
+        samples, width = epilogue.gate.shape
+        output = (output.reshape(samples, -1, width) * epilogue.gate.unsqueeze(1)).reshape(output.shape)
+    if epilogue.residual is not None:
+        output = output + epilogue.residual.to(torch.float32)
+    return output.to(dtype)

@@ -8,28 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from hqdit.formats.packed_layout import packed_row_bytes
-from hqdit.kernels.activation import QuantizedActivation, quantize_activation
-from hqdit.kernels.backend import current_backend
-from hqdit.kernels.linear import PackedWeight, low_bit_linear
+from hqdit.kernels.activation import QuantizedActivation
+from hqdit.kernels.linear import PackedWeight, packed_level_tables
+from hqdit.kernels.preparation import Front, InputPreparation, input_tables
+from hqdit.kernels.selection import current_backend
 from hqdit.numerics.codes import pack_codes, unpack_codes
 from hqdit.quantizers.quantized_tensor import QuantizedTensor
 from hqdit.quantizers.spec import LinearSpec
-from hqdit.transforms.rotation import rotate_online, unrotate
-
-SIGNS_PER_BYTE = 8
-
-
-def pack_signs(signs: Tensor) -> Tensor:
-    """+-1 (n,) as bits, uint8 (ceil(n / 8),): bit i of byte j is set where element 8 j + i is -1."""
-    bits = torch.nn.functional.pad((signs < 0).to(torch.uint8), (0, -len(signs) % SIGNS_PER_BYTE))
-    weights = 2 ** torch.arange(SIGNS_PER_BYTE, dtype=torch.uint8, device=signs.device)
-    return (bits.reshape(-1, SIGNS_PER_BYTE) * weights).sum(dim=1, dtype=torch.uint8)
-
-
-def unpack_signs(packed: Tensor, count: int) -> Tensor:
-    """The inverse of `pack_signs`: float32 (count,)."""
-    bits = (packed.unsqueeze(1) >> torch.arange(SIGNS_PER_BYTE, dtype=torch.uint8, device=packed.device)) & 1
-    return 1.0 - 2.0 * bits.flatten()[:count].to(torch.float32)
+from hqdit.transforms.rotation import SIGNS_PER_BYTE, pack_signs, unpack_signs, unrotate
 
 
 class HQLinear(nn.Linear):
@@ -65,6 +51,8 @@ class HQLinear(nn.Linear):
         self.spec = spec
         self.in_features = spec.in_features
         self.out_features = spec.out_features
+        self._input_tables = input_tables(spec.activation, spec.rotation)
+        self._level_tables = packed_level_tables(spec.weight.formats)
 
         def add(name: str, shape: tuple[int, ...], dtype: torch.dtype, wanted: bool = True) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device) if wanted else None)
@@ -131,26 +119,40 @@ class HQLinear(nn.Linear):
         """Bytes of everything but the bias: codes, scales, format indices and signs."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
-    def quantize_input(self, x: Tensor) -> QuantizedActivation:
-        """Rotate and quantize: (..., in_features) -> levels (tokens, in_features) and scales."""
-        tokens = x.reshape(-1, self.in_features).to(torch.float32)
-        rotated = rotate_online(tokens, self.spec.rotation, self.signs)
-        if self.channel_scale is not None:
-            rotated = rotated / self.channel_scale
-        return quantize_activation(rotated, self.spec.activation, self.static_scale)
+    @property
+    def preparation(self) -> InputPreparation:
+        """What the layer does to its input."""
+        return InputPreparation(
+            self.spec.activation,
+            self.spec.rotation,
+            self._input_tables,
+            self.rotation_signs,
+            self.channel_scale,
+            self.static_scale,
+        )
 
-    def forward_quantized(self, activation: QuantizedActivation) -> Tensor:
-        """The product and the bias: float32 (tokens, out_features)."""
-        weight = PackedWeight(self.qweight, self.weight_scale, self.format_index, self.spec.weight.formats)
-        return low_bit_linear(activation, weight, self.bias, current_backend())
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The weight and the bias as the kernels take them."""
+        return PackedWeight(
+            self.qweight, self.weight_scale, self.format_index, self.spec.weight.formats, self._level_tables, self.bias
+        )
+
+    def quantize_input(self, x: Tensor, front: Front = None) -> QuantizedActivation:
+        """Front, rotation and rounding: (..., in_features) -> levels (tokens, in_features) and scales."""
+        return current_backend().quantize_input(x.reshape(-1, self.in_features), self.preparation, front)
+
+    def forward_quantized(self, activation: QuantizedActivation, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The product and the bias: (tokens, out_features) in `dtype`."""
+        return current_backend().linear(activation, [self.packed_weight], dtype=dtype)[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in the dtype of `input`.
 
         A token that holds a NaN or an infinity gives NaN outputs.
         """
-        output = self.forward_quantized(self.quantize_input(input))
-        return output.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
+        output = self.forward_quantized(self.quantize_input(input), input.dtype)
+        return output.reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HQLinear:
         """Moving works as for any module, but `.to(dtype)` leaves the float32 scales as they are."""

@@ -90,8 +90,11 @@ class ModelAdapter(ABC):
         """Number of time steps that the model was trained on; its time steps are 0 .. this - 1."""
 
     @abstractmethod
-    def share_inputs(self, model: nn.Module) -> None:
-        """Make quantized sites with one input group rotate and quantize it once."""
+    def fuse(self, model: nn.Module) -> None:
+        """Let blocks that are quantized throughout run as fused operations, and q, k, v quantize their input once.
+
+        The modules, their names and the state dict stay.
+        """
 
     @abstractmethod
     def scale_modulated_channels(self, model: nn.Module, factors: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,10 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from hqdit.kernels.selection import current_backend
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import LinearSite, ModelAdapter, register_adapter
+from hqdit.models.dit_block import FusedDiTBlock, share_embedders
 
 
 class SharedInputAttention:
@@ -21,16 +23,12 @@ class SharedInputAttention:
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         batch, tokens, _width = hidden_states.shape
-        shared = attn.to_q.quantize_input(hidden_states)
-
-        def heads(layer: HQLinear) -> Tensor:
-            projected = layer.forward_quantized(shared).to(hidden_states.dtype)
-            return projected.view(batch, tokens, attn.heads, -1).transpose(1, 2)  # (batch, heads, tokens, head_dim)
-
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            heads(attn.to_q), heads(attn.to_k), heads(attn.to_v)
-        )  # (batch, heads, tokens, head_dim)
-        merged = mixed.transpose(1, 2).reshape(batch, tokens, -1)
+        layers: list[HQLinear] = [attn.to_q, attn.to_k, attn.to_v]
+        backend = current_backend()
+        shared = layers[0].quantize_input(hidden_states)
+        projected = backend.linear(shared, [layer.packed_weight for layer in layers], dtype=hidden_states.dtype)
+        query, key, value = (part.view(batch, tokens, attn.heads, -1) for part in projected)
+        merged = backend.attention(query, key, value).view(batch, tokens, -1)
         return cast(Tensor, attn.to_out[0](merged))
 
 
@@ -100,14 +98,17 @@ class DiTAdapter(ModelAdapter):
     def train_timesteps(self, model: nn.Module) -> int:
         return 1000  # DiT (arXiv 2212.09748), section 4; the configuration does not hold it
 
-    def share_inputs(self, model: nn.Module) -> None:
+    def fuse(self, model: nn.Module) -> None:
         for block in cast(Any, model).transformer_blocks:
+            if FusedDiTBlock.can_fuse(block):
+                FusedDiTBlock.fuse(block)
             attention = block.attn1
             projections = (attention.to_q, attention.to_k, attention.to_v)
             if all(isinstance(layer, HQLinear) for layer in projections) and all(
                 attention.to_q.shares_input_with(layer) for layer in projections[1:]
             ):
                 attention.set_processor(SharedInputAttention())
+        share_embedders(model)
 
     def modulated_groups(self, model: nn.Module) -> list[str]:
         return [

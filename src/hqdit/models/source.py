@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -142,12 +143,17 @@ def _inspect(root: Path) -> ModelFolder:
     return ModelFolder(root, transformer, read_json(transformer / CONFIG_NAME, "a model's config.json"))
 
 
-def build_skeleton(folder: ModelFolder) -> nn.Module:
+def build_skeleton(folder: ModelFolder, is_empty: bool = False) -> nn.Module:
     """The model that config.json describes, float32, without its weights loaded.
+
+    Args:
+        folder: where config.json lies.
+        is_empty: leave the parameters on the meta device, without memory, for tensors that will be assigned.
 
     Raises:
         CheckpointError: another class, or a key that the class does not know.
     """
+    from accelerate import init_empty_weights
     from diffusers import DiTTransformer2DModel, Transformer2DModel
 
     config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
@@ -174,8 +180,10 @@ def build_skeleton(folder: ModelFolder) -> nn.Module:
                 f"{where}: found {key} {size}, needed a number from 1 to {largest}. Fix: get the file again or correct "
                 "it"
             )
+    settings = {key: value for key, value in config.items() if key in known}
     try:
-        model: nn.Module = DiTTransformer2DModel(**{key: value for key, value in config.items() if key in known})
+        with init_empty_weights(include_buffers=False) if is_empty else nullcontext():
+            model: nn.Module = DiTTransformer2DModel(**settings)
     except Exception as error:  # whatever comes out of a constructor that does not expect these values
         raise CheckpointError(
             f"{where}: found values that build no model ({_reason(error)}), needed those of a {_DIT_CLASS}. "
@@ -197,13 +205,13 @@ def load_float_transformer(folder: ModelFolder) -> nn.Module:
             f"{folder.transformer}: found weights that are already quantized ({method}), needed a float checkpoint. "
             "Fix: start from the original model"
         )
-    model = build_skeleton(folder)
+    model = build_skeleton(folder, is_empty=True)
     tensors = read_weights(folder.transformer)
     require_state(tensors, persistent_state(model), folder.transformer)
     require_float(tensors, folder.transformer)
     require_finite(tensors, folder.transformer)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, assign=True)
     model.source_dtypes = dtypes  # type: ignore[assignment]
     return model
 

@@ -49,6 +49,15 @@ def _rungs_for(x: Tensor, fmt: NumberFormat) -> _Rungs:
     return _rungs(fmt, x.device, x.dtype == torch.float64)
 
 
+def rung_tables(fmt: NumberFormat, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rounding of float32 numbers as two tables: thresholds (rungs - 1,) and levels (rungs,), both ascending.
+
+    A number lies on the highest rung whose threshold is not above it; ties are part of the thresholds.
+    """
+    rungs = _rungs(fmt, device, False)
+    return rungs.thresholds, rungs.levels
+
+
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _rung_of_quarter(fmt: NumberFormat, device: torch.device) -> Tensor:

@@ -209,10 +209,10 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
             f"{where / CONFIG_NAME}: found a quantization_config that cannot be read ({error}), needed one of format "
             f"version {FORMAT_VERSION}. Fix: quantize the model again"
         ) from error
-    model = build_skeleton(folder)
+    model = build_skeleton(folder, is_empty=True)
     for name, spec in specs.items():
         _require_same_shape(model, name, spec, where)
-        model.set_submodule(name, HQLinear(spec, bias=has_bias[name]).eval())
+        model.set_submodule(name, HQLinear(spec, bias=has_bias[name], device="meta").eval())
     tensors = read_weights(where)
     for alias, stored in shared.items():
         if alias in tensors or stored not in tensors:
@@ -233,10 +233,13 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
                 "Fix: quantize the model again"
             )
     require_finite(tensors, where)
-    model.load_state_dict({name: tensor.to(needed[name].dtype) for name, tensor in tensors.items()})
+    # Tensors that the file holds once are held once in memory too: every alias gets the same converted tensor.
+    converted = {name: tensor.to(needed[name].dtype) for name, tensor in tensors.items() if name not in shared}
+    converted.update({alias: converted[stored] for alias, stored in shared.items()})
+    model.load_state_dict(converted, assign=True)
     for name, layer in quantized_layers(model).items():
         _require_sound(name, layer, where)
-    adapter_for(model).share_inputs(model)
+    adapter_for(model).fuse(model)
     model.quantization_record = record  # type: ignore[assignment]
     return model
 

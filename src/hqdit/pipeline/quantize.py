@@ -85,7 +85,7 @@ def quantize(
             _quantize_group(model, plan, list(group), config, stream, record)
         if stream is not None:
             stream.advance(block)
-    adapter.share_inputs(model)
+    adapter.fuse(model)
     _round_kept_tensors(model, record.dtypes)
     model.quantization_record = record  # type: ignore[assignment]
     return model

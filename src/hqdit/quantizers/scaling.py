@@ -40,6 +40,21 @@ def absmax_scale(x: Tensor, fmt: NumberFormat) -> Tensor:
     return torch.where(torch.isfinite(largest), scale, torch.nan)
 
 
+def rms_scale(x: Tensor, factor: float) -> Tensor:
+    """Scale that is `factor` times the root mean square of each row, in units that saturate the tails.
+
+    Args:
+        x: floating point (..., n).
+        factor: positive.
+
+    Returns:
+        float32 (...), at least `MIN_SCALE`; NaN for rows that hold a NaN or an infinity.
+    """
+    x32 = x.to(torch.float32)
+    scale = (x32.square().mean(dim=-1).sqrt() * factor).clamp_min(MIN_SCALE)
+    return torch.where(torch.isfinite(x32).all(dim=-1), scale, torch.nan)
+
+
 def mse_scale(x: Tensor, fmt: NumberFormat) -> Tensor:
     """Scale of least squared rounding error per row among `MSE_FRACTIONS` of the absmax scale.
 

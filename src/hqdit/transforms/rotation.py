@@ -161,6 +161,22 @@ def random_signs(width: int, seed: int, stream: str) -> Tensor:
     return torch.from_numpy((1 - 2 * bits).astype(np.float32))
 
 
+SIGNS_PER_BYTE = 8
+
+
+def pack_signs(signs: Tensor) -> Tensor:
+    """+-1 (n,) as bits, uint8 (ceil(n / 8),): bit i of byte j is set where element 8 j + i is -1."""
+    bits = torch.nn.functional.pad((signs < 0).to(torch.uint8), (0, -len(signs) % SIGNS_PER_BYTE))
+    weights = 2 ** torch.arange(SIGNS_PER_BYTE, dtype=torch.uint8, device=signs.device)
+    return (bits.reshape(-1, SIGNS_PER_BYTE) * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_signs(packed: Tensor, count: int) -> Tensor:
+    """The inverse of `pack_signs`: float32 (count,)."""
+    bits = (packed.unsqueeze(1) >> torch.arange(SIGNS_PER_BYTE, dtype=torch.uint8, device=packed.device)) & 1
+    return 1.0 - 2.0 * bits.flatten()[:count].to(torch.float32)
+
+
 def _within_blocks(x: Tensor, block: int) -> Tensor:
     factors = require_factors(block, "rotation")
     rows = x.reshape(-1, block)
