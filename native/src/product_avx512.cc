@@ -58,9 +58,7 @@ inline void AddUnit(const uint8_t* levels, int64_t levels_stride, const uint8_t*
   for (int r = 0; r < kTileRows; ++r) {
     const __m512i unit = BroadcastLevels<kBytes>(levels + r * levels_stride);
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) {
-      AddDots<kUnsigned>(sums[r][v], unit, weights[v]);
-    }
+    for (int v = 0; v < kVectors; ++v) AddDots<kUnsigned>(sums[r][v], unit, weights[v]);
   }
 }
 

@@ -93,7 +93,7 @@ inline void StoreRun(const TableSet& set, const __m512i rows[4], int units, uint
   }
 }
 
-// Where the 16 packed bytes of one channel go: 128-bit lane `lane / 4` of vector `lane % 4`.
+// 16 packed bytes of one channel; unless kWhole only those of `bytes` are read, and the others are 0.
 template <bool kWhole>
 inline __m128i LoadPacked(const uint8_t* packed, __mmask16 bytes) {
   if (kWhole) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
@@ -106,7 +106,7 @@ inline void DecodeRun(const Channels& channels, int64_t byte, int bytes, int uni
   const __mmask16 mask = static_cast<__mmask16>((1u << bytes) - 1);
   __m512i rows[4];
   for (int i = 0; i < 4; ++i) {
-    // Masked broadcasts from memory leave port 5, which the shuffles need, alone.
+    // Masked broadcasts from memory, into one 128-bit lane each, leave port 5 to the shuffles.
     rows[i] = _mm512_castsi128_si512(LoadPacked<kWhole>(channels.packed[i] + byte, mask));
     rows[i] = _mm512_mask_broadcast_i32x4(rows[i], 0x00f0, LoadPacked<kWhole>(channels.packed[i + 4] + byte, mask));
     rows[i] = _mm512_mask_broadcast_i32x4(rows[i], 0x0f00, LoadPacked<kWhole>(channels.packed[i + 8] + byte, mask));

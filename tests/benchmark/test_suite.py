@@ -28,7 +28,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(suite, "SHAPES", ((5, 32, 48), (2, 32, 48)))
         patch.setattr(suite, "TOKENS", {16: 8})
         patch.setattr(suite, "TOKENS_BLOCKS", 1)
-        patch.setattr(suite, "FLOAT_VARIANTS", {})
+        patch.setattr(suite, "COMPILED", ())
         patch.setattr(suite, "PEERS_PYTHON", Path("nowhere"))
         told: list[str] = []
         result = suite.run_benchmark(tmp_path_factory.mktemp("bench"), REPEATS, 1, 2, told.append)
@@ -44,8 +44,9 @@ def test_record_is_json_and_holds_every_repeat(record: dict[str, Any]) -> None:
             ("float32", "int_mm", "ours"), REPEATS
         )
     assert [entry["shape"] for entry in record["product"]] == ["5x32x48", "2x32x48"]
-    assert set(record["forward"]["seconds"]) == {suite.EAGER, suite.OURS, suite.OURS_BLOCK}
-    assert all(len(values) == REPEATS for values in record["forward"]["seconds"].values())
+    assert {name: len(values) for name, values in record["forward"]["rounds"][suite.EAGER].items()} == dict.fromkeys(
+        (suite.EAGER, suite.OURS, suite.OURS_BLOCK), REPEATS
+    )
     assert record["threads"] == 1 and record["blocks"] == 2
 
 

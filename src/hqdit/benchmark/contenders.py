@@ -32,9 +32,8 @@ class Contender:
         """
         self.name = name
         self._log = log
-        # A thread that waits would take the processor from the contender whose turn it is.
-        environment = os.environ | {"KMP_BLOCKTIME": "0"}
-        environment.pop("OMP_WAIT_POLICY", None)
+        # The same for everybody: threads that wait sleep, as the command line has it.
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
                 [str(part) for part in command],

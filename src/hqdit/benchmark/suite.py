@@ -25,8 +25,15 @@ from hqdit.progress import track
 OURS, EAGER = "hqdit, full rotation", "torch float32"
 OURS_BLOCK = "hqdit, block:128 rotation"
 
-#: The same model through torch alone, beside eager float32.
-FLOAT_VARIANTS = {"torch float32, compiled": "float32-compiled"}
+COMPILED = ("torch float32, compiled",)
+
+#: Contenders in this interpreter: variant of `hqdit.benchmark.worker` and folder of the model.
+TORCH_AND_OURS = {
+    EAGER: ("float32", "float"),
+    OURS: ("hqdit", "full"),
+    OURS_BLOCK: ("hqdit", "block128"),
+    "torch float32, compiled": ("float32-compiled", "float"),
+}
 
 #: Peers and the options that make `serve_peer.py` prepare them.
 PEERS: dict[str, tuple[str, ...]] = {
@@ -96,65 +103,74 @@ def _fraction(profile: dict[str, float]) -> float:
 
 
 def _forward(work: Path, repeats: int, threads: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    inputs = work / "inputs.safetensors"
-    contenders: list[Contender] = []
-    absent: dict[str, str] = {}
+    """Ours and float32, then in turns with each other contender; only one of these is in memory at a time."""
+    inputs, output = work / "inputs.safetensors", work / "output.npy"
+    has_peers = PEERS_PYTHON.is_file() and PEERS_PROGRAM.is_file()
+    absent = {} if has_peers else dict.fromkeys(PEERS, "make bench-peers has not been run")
+    rounds: dict[str, dict[str, list[float]]] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    settings: dict[str, Any] = {}
+    base: list[Contender] = []
 
-    def start(name: str, make: Callable[[Path], Contender]) -> None:
+    def start(name: str) -> Contender:
         tell(f"preparing {name}")
-        try:
-            contenders.append(make(work / f"{name}.log"))
-        except EnvironmentUnavailable as error:
-            absent[name] = str(error)
+        log = work / "contender.log"
+        if name in PEERS:
+            options = [*PEERS[name], "--cache", str(work / "cache")]
+            return Contender.peer(name, options, work / "float", inputs, threads, log)
+        variant, model = TORCH_AND_OURS[name]
+        return Contender.ours(variant, name, work / model, inputs, threads, log)
+
+    def keep(contender: Contender) -> None:
+        contender.write_output(output)
+        outputs[contender.name] = torch.from_numpy(np.load(output, allow_pickle=False))
+        settings[contender.name] = contender.ready
 
     try:
-        ours = {OURS: "full", OURS_BLOCK: "block128"}
-        contenders.append(Contender.ours("float32", EAGER, work / "float", inputs, threads, work / "float32.log"))
-        for name, folder in ours.items():
-            contenders.append(Contender.ours("hqdit", name, work / folder, inputs, threads, work / f"{folder}.log"))
-        for name, variant in FLOAT_VARIANTS.items():
-            start(
-                name,
-                lambda log, name=name, variant=variant: Contender.ours(  # type: ignore[misc]
-                    variant, name, work / "float", inputs, threads, log
-                ),
-            )
-        has_peers = PEERS_PYTHON.is_file() and PEERS_PROGRAM.is_file()
-        for name, options in PEERS.items() if has_peers else ():
-            start(
-                name,
-                lambda log, name=name, options=options: Contender.peer(  # type: ignore[misc]
-                    name, [*options, "--cache", str(work / "cache")], work / "float", inputs, threads, log
-                ),
-            )
-        seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-        for _ in track(range(repeats), "forward passes"):
-            for contender in contenders:
-                seconds[contender.name].append(contender.seconds())
-        outputs = {}
-        for contender in contenders:
-            path = work / "output.npy"
-            contender.write_output(path)
-            outputs[contender.name] = torch.from_numpy(np.load(path, allow_pickle=False))
-        profile = {c.name: c.profile(PROFILE_REPEATS) for c in contenders if c.name in ours}
-        settings = {contender.name: contender.ready for contender in contenders}
+        for name in (EAGER, OURS, OURS_BLOCK):
+            base.append(start(name))
+            keep(base[-1])
+        rounds[EAGER] = _rounds(base, repeats)
+        profile = {contender.name: contender.profile(PROFILE_REPEATS) for contender in base[1:]}
+        for name in (*COMPILED, *(PEERS if has_peers else ())):
+            try:
+                other = start(name)
+            except EnvironmentUnavailable as error:
+                absent[name] = str(error)
+                continue
+            try:
+                rounds[name] = _rounds([*base, other], repeats)
+                keep(other)
+            finally:
+                other.kill()
     finally:
-        for contender in contenders:
+        for contender in base:
             contender.kill()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    peers = {name: value for name, value in medians.items() if name in PEERS}
+    medians = {name: statistics.median(seconds[name]) for name, seconds in rounds.items()}
+    medians |= {name: statistics.median(rounds[EAGER][name]) for name in (OURS, OURS_BLOCK)}
+    peers = {name: medians[name] / statistics.median(rounds[name][OURS]) for name in rounds if name in PEERS}
     fastest = min(peers, key=lambda name: peers[name]) if peers else None
     return {
         "vs_float32_eager": medians[EAGER] / medians[OURS],
-        "vs_fastest_peer": peers[fastest] / medians[OURS] if fastest else None,
+        "vs_fastest_peer": peers[fastest] if fastest else None,
         "fastest_peer": fastest,
+        "vs_each_peer": peers,
         "median_seconds": medians,
-        "output_sqnr_db": {name: sqnr_db(outputs[EAGER], output) for name, output in outputs.items() if name != EAGER},
-        "seconds": seconds,
+        "output_sqnr_db": {name: sqnr_db(outputs[EAGER], tensor) for name, tensor in outputs.items() if name != EAGER},
+        "rounds": rounds,
         "contenders": settings,
-        "absent": absent if has_peers else {name: "make bench-peers has not been run" for name in PEERS},
+        "absent": absent,
         "profile": profile,
     }
+
+
+def _rounds(contenders: list[Contender], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each contender, taken in turns."""
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for _ in track(range(repeats), f"forward passes beside {contenders[-1].name}"):
+        for contender in contenders:
+            seconds[contender.name].append(contender.seconds())
+    return seconds
 
 
 def _tokens(work: Path, tokens: int, repeats: int, threads: int) -> dict[str, Any]:
@@ -169,10 +185,7 @@ def _tokens(work: Path, tokens: int, repeats: int, threads: int) -> dict[str, An
         for variant, model in (("float32", "float"), ("hqdit", "full")):
             log = folder / f"{variant}.log"
             contenders.append(Contender.ours(variant, variant, folder / model, inputs, threads, log))
-        seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-        for _ in range(repeats):
-            for contender in contenders:
-                seconds[contender.name].append(contender.seconds())
+        seconds = _rounds(contenders, repeats)
     finally:
         for contender in contenders:
             contender.kill()
