@@ -75,7 +75,7 @@ package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build --outdir dist
 
 clean: ## remove .venv, caches and everything that make wrote
-	rm -rf $(VENV) build demo dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS_VENV) build demo dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests training -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp-venv:
