@@ -37,7 +37,7 @@ from hqdit.pipeline.checkpoint import load
 #: Part of a profile that is no part of the forward pass: rotation and rounding without what is fused before them.
 ALONE = "rotate and quantize alone"
 
-CONTENDERS = ("float32", "float32-compiled", "hqdit", "hqdit-compiled")
+CONTENDERS = ("float32", "float32-compiled", "hqdit")
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    is_ours = args.contender.startswith("hqdit")
+    is_ours = args.contender == "hqdit"
     return {"threads": args.threads, "backend": current_backend().description if is_ours else "torch"}
 
 
