@@ -21,8 +21,10 @@ from hqdit.errors import CheckpointError, ResourceError
 from hqdit.models.weights import (
     INDEX_NAME,
     WEIGHTS_NAME,
+    locate_weights,
     read_json,
     read_safetensors,
+    read_tensor,
     read_weights,
     require_finite,
     require_state,
@@ -265,6 +267,17 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
     assert [path.name for path in weight_files(tmp_path)] == ["x-1.safetensors", "x-2.safetensors"]
     found = read_weights(tmp_path)
     assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": [1, 1], "b": [0, 0, 0]}
+
+
+def test_place_of_every_tensor_and_one_tensor_alone(tmp_path: Path) -> None:
+    files = {"x-1.safetensors": {"a": torch.ones(2), "c": torch.zeros(4)}, "x-2.safetensors": {"b": torch.arange(3)}}
+    places = locate_weights(shards(tmp_path, files))
+    assert places == {name: tmp_path / file for file, tensors in files.items() for name in tensors}
+    whole = read_weights(tmp_path)
+    for name, path in places.items():
+        alone = read_tensor(path, name)
+        assert torch.equal(alone, whole[name]) and alone.dtype == whole[name].dtype
+        assert alone.data_ptr() != whole[name].data_ptr()
 
 
 def test_single_file_goes_before_an_index(tmp_path: Path) -> None:

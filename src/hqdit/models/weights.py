@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -179,22 +179,42 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _weights_by_file(folder: Path) -> dict[Path, dict[str, Tensor]]:
+    tensors: dict[Path, dict[str, Tensor]] = {}
+    names: set[str] = set()
+    for path in weight_files(folder):
+        tensors[path] = read_safetensors(path)
+        for name in sorted(names & tensors[path].keys()):
+            raise CheckpointError(
+                f"{path}: found tensor {name!r}, which lies in two shards, needed it in one. Fix: get the model again"
+            )
+        names |= tensors[path].keys()
+    return tensors
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder, from one file or from shards.
 
     Raises:
         CheckpointError: a broken file, or a tensor that lies in two shards.
     """
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        for name, tensor in read_safetensors(path).items():
-            if name in tensors:
-                raise CheckpointError(
-                    f"{path}: found tensor {name!r}, which lies in two shards, needed it in one. "
-                    "Fix: get the model again"
-                )
-            tensors[name] = tensor
-    return tensors
+    return {name: tensor for tensors in _weights_by_file(folder).values() for name, tensor in tensors.items()}
+
+
+def locate_weights(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of a model folder; no number is read. Raises as `read_weights`."""
+    return {name: path for path, tensors in _weights_by_file(folder).items() for name in tensors}
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a sound file, on the CPU, mapped by itself.
+
+    The tensors of `read_safetensors` share one mapping of the file, whose pages stay in memory for as long as one
+    of them is in use; these go with the tensor.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def require_float(tensors: dict[str, Tensor], where: Path) -> None:

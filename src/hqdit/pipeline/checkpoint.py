@@ -18,6 +18,8 @@ from hqdit.models.adapter import adapter_for
 from hqdit.models.source import CONFIG_NAME, ModelFolder, build_skeleton, find_model, load_float_transformer
 from hqdit.models.weights import (
     WEIGHTS_NAME,
+    locate_weights,
+    read_tensor,
     read_weights,
     require_finite,
     require_float,
@@ -232,9 +234,15 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
                 f"{where}: tensor {name!r} has dtype {tensors[name].dtype}, needed {needed[name].dtype}. "
                 "Fix: quantize the model again"
             )
-    require_finite(tensors, where)
+    files = locate_weights(where)
+    converted: dict[str, Tensor] = {}
+    for name in sorted(tensors.keys() - shared.keys()):
+        is_stored_narrow = tensors[name].dtype != needed[name].dtype
+        # What is converted is read in a mapping of its own, so that its pages do not stay beside the result.
+        tensor = read_tensor(files[name], name) if is_stored_narrow else tensors[name]
+        require_finite({name: tensor}, where)
+        converted[name] = tensor.to(needed[name].dtype)
     # Tensors that the file holds once are held once in memory too: every alias gets the same converted tensor.
-    converted = {name: tensor.to(needed[name].dtype) for name, tensor in tensors.items() if name not in shared}
     converted.update({alias: converted[stored] for alias, stored in shared.items()})
     model.load_state_dict(converted, assign=True)
     for name, layer in quantized_layers(model).items():
