@@ -2,29 +2,21 @@
 
 Data: scikit-learn's handwritten digits (1,797 images, 8x8, grey), 80 % of each class for training.
 Model: `DiTTransformer2DModel`, 6 blocks of 2 heads x 72 = width 144, MLP 576, patch 2 (16 tokens).
-Recipe: epsilon prediction on 1,000 linear betas, AdamW with warm-up and cosine decay, 10 % of the labels
-replaced by the null class, adaLN-zero initialisation, an exponential moving average of the weights.
+Recipe: `diffusion_training.py`, with light augmentation.
 
 Run `make train-digits` (needs the `train` extra); the result is what `src/hqdit/data/digits` holds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import platform
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
+from diffusion_training import parse_arguments, train
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-
-from hqdit import PixelDiTPipeline
 
 RECIPE = {
     "steps": 12000,
@@ -40,15 +32,6 @@ RECIPE = {
     "split": {"held_out_fraction": 0.2, "stratified": True, "random_state": 0},
     "seed": 0,
 }
-SCHEDULER = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-    "clip_sample": False,
-    "set_alpha_to_one": True,
-}
 ARCHITECTURE = {
     "num_attention_heads": 2,
     "attention_head_dim": 72,
@@ -59,7 +42,6 @@ ARCHITECTURE = {
     "patch_size": 2,
     "num_embeds_ada_norm": 10,
 }
-LOG_EVERY = 50
 
 
 def digits_split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,109 +76,17 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(keep[:, None, None, None], images, moved)
 
 
-def initialise(model: DiTTransformer2DModel) -> None:
-    """adaLN-zero: every block starts as the identity and the output at zero (DiT, arXiv 2212.09748, section 3.2)."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
-    for block in model.transformer_blocks:
-        torch.nn.init.zeros_(block.norm1.linear.weight)
-        torch.nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
-        torch.nn.init.normal_(block.norm1.emb.timestep_embedder.linear_1.weight, std=0.02)
-        torch.nn.init.normal_(block.norm1.emb.timestep_embedder.linear_2.weight, std=0.02)
-    for head in (model.proj_out_1, model.proj_out_2):
-        torch.nn.init.zeros_(head.weight)
-
-
-def learning_rate(step: int) -> float:
-    warmup, total = RECIPE["warmup_steps"], RECIPE["steps"]
-    if step < warmup:
-        return RECIPE["learning_rate"] * (step + 1) / warmup
-    progress = (step - warmup) / (total - warmup)
-    return RECIPE["learning_rate"] * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="pipeline folder to write")
-    parser.add_argument("--record", type=Path, required=True, help="JSON file for recipe, machine and loss curve")
-    parser.add_argument("--steps", type=int, default=RECIPE["steps"], help="training steps")
-    args = parser.parse_args()
-    RECIPE["steps"] = args.steps
-
+    args = parse_arguments(__doc__, RECIPE["steps"])
     torch.manual_seed(RECIPE["seed"])
     generator = torch.Generator().manual_seed(RECIPE["seed"])
     images, labels, _, _ = digits_split()
-    scheduler = DDIMScheduler(**SCHEDULER)
-    model = DiTTransformer2DModel(**ARCHITECTURE)
-    # eval() for the whole training: in train() mode diffusers drops the class label independently in every
-    # block, so that no block ever sees a consistent null branch. Labels are dropped below, once per sample.
-    model.eval()
-    initialise(model)
-    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=RECIPE["learning_rate"],
-        betas=tuple(RECIPE["betas"]),
-        weight_decay=RECIPE["weight_decay"],
-    )
-    curve: list[dict[str, float]] = []
-    running, start = 0.0, time.monotonic()
-    for step in range(RECIPE["steps"]):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        chosen = torch.randint(len(images), (RECIPE["batch_size"],), generator=generator)
-        clean = augment(images[chosen], generator)
-        dropped = torch.rand(len(chosen), generator=generator) < RECIPE["label_dropout"]
-        classes = torch.where(dropped, ARCHITECTURE["num_embeds_ada_norm"], labels[chosen])
-        timesteps = torch.randint(SCHEDULER["num_train_timesteps"], (len(chosen),), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        predicted = model(noisy, timestep=timesteps, class_labels=classes).sample
-        loss = torch.nn.functional.mse_loss(predicted, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE["gradient_norm"])
-        optimizer.step()
-        # A short run-in keeps the average from being dominated by the initialisation.
-        decay = min(RECIPE["ema_decay"], (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                average[name].lerp_(tensor, 1 - decay)
-        running += float(loss.detach())
-        if (step + 1) % LOG_EVERY == 0:
-            elapsed = time.monotonic() - start
-            left = elapsed / (step + 1) * (RECIPE["steps"] - step - 1)
-            curve.append({"step": step + 1, "loss": round(running / LOG_EVERY, 6)})
-            print(
-                f"step {step + 1}/{RECIPE['steps']}  loss {running / LOG_EVERY:.4f}  {left / 60:.1f} min left",
-                flush=True,
-            )
-            running = 0.0
-        if (step + 1) % 1000 == 0 or step + 1 == RECIPE["steps"]:
-            save(model, average, scheduler, args.out)
-            record = {
-                "recipe": RECIPE,
-                "scheduler": SCHEDULER,
-                "architecture": ARCHITECTURE,
-                "finished_steps": step + 1,
-                "seconds": round(time.monotonic() - start, 1),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "threads": torch.get_num_threads(),
-                "loss_curve": curve,
-            }
-            args.record.parent.mkdir(parents=True, exist_ok=True)
-            args.record.write_text(json.dumps(record, indent=1) + "\n")
 
+    def draw(source: torch.Generator) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(images), (RECIPE["batch_size"],), generator=source)
+        return augment(images[chosen], source), labels[chosen]
 
-def save(model: DiTTransformer2DModel, average: dict[str, Tensor], scheduler: DDIMScheduler, folder: Path) -> None:
-    """Write the averaged weights and the scheduler in diffusers layout."""
-    averaged = DiTTransformer2DModel.from_config(model.config)
-    averaged.load_state_dict(average)
-    PixelDiTPipeline(averaged, scheduler).save_pretrained(folder)
+    train(RECIPE | {"steps": args.steps}, ARCHITECTURE, draw, generator, args.out, args.record)
 
 
 if __name__ == "__main__":

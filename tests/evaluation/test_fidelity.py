@@ -65,7 +65,7 @@ def test_a_model_that_samples_in_few_steps_is_judged_at_eight(exact, inputs):
 
 
 def test_noise_sqnr_is_the_pooled_ratio_of_each_branch(exact, quantized, inputs):
-    found = noise_fidelity(exact, quantized, inputs, guidance=2.0)
+    found = noise_fidelity(exact, quantized, inputs, 2.0)
     outputs = {}
     with torch.no_grad():
         for which, model in (("exact", exact), ("quantized", quantized)):
@@ -90,7 +90,7 @@ def test_noise_sqnr_is_the_pooled_ratio_of_each_branch(exact, quantized, inputs)
 
 
 def test_a_model_against_itself_is_exact(exact, inputs):
-    found = noise_fidelity(exact, exact, inputs, guidance=2.0)
+    found = noise_fidelity(exact, exact, inputs, 2.0)
     assert found.conditional == found.unconditional == found.guided == math.inf
 
 
@@ -98,7 +98,7 @@ def test_a_nan_prediction_is_refused(exact, quantized, inputs):
     broken = copy.deepcopy(quantized)
     next(iter(quantized_layers(broken).values())).weight_scale.fill_(math.nan)
     with pytest.raises(NumericsError, match="time step 875"):
-        noise_fidelity(exact, broken, inputs, guidance=2.0)
+        noise_fidelity(exact, broken, inputs, 2.0)
 
 
 @pytest.mark.parametrize("config", [NEAREST, NEAREST.replace(fold_value_rotation=True)], ids=["plain", "folded"])

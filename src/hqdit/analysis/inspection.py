@@ -20,6 +20,13 @@ def weight_bytes(folder: ModelFolder) -> int:
     return sum(path.stat().st_size for path in weight_files(folder.transformer))
 
 
+def bits_per_weight(model: nn.Module) -> float:
+    """Bits of codes, scales, format indices and signs per quantized weight."""
+    layers = quantized_layers(model).values()
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return 8 * sum(layer.storage_bytes for layer in layers) / weights
+
+
 def size_facts(model: nn.Module, folder: ModelFolder) -> dict[str, Any]:
     """Bits and bytes of a quantized model.
 
@@ -29,13 +36,11 @@ def size_facts(model: nn.Module, folder: ModelFolder) -> dict[str, Any]:
         file_bytes: size of the weight files.
         file_ratio: size of all parameters in float32 over `file_bytes`.
     """
-    layers = quantized_layers(model).values()
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
     record: Any = model.quantization_record
     parameters = record.parameters
     file_bytes = weight_bytes(folder)
     return {
-        "bits_per_weight": 8 * sum(layer.storage_bytes for layer in layers) / weights,
+        "bits_per_weight": bits_per_weight(model),
         "bits_per_parameter": 8 * file_bytes / parameters,
         "file_bytes": file_bytes,
         "file_ratio": FLOAT32_BYTES * parameters / file_bytes,

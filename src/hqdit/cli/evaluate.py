@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -82,7 +81,11 @@ def evaluate(
         ]
         psnr = psnr_db(*images)
         result = {
-            "eps_sqnr_db": {name: value for name, value in asdict(noise).items() if name != "by_timestep"},
+            "eps_sqnr_db": {
+                "conditional": noise.conditional,
+                "unconditional": noise.unconditional,
+                "guided": noise.guided,
+            },
             "eps_sqnr_db_by_timestep": [list(pair) for pair in noise.by_timestep],
             "sample_psnr_db": psnr,
             "layer_sqnr_db": layers,

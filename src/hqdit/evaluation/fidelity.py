@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from hqdit.errors import NumericsError, UsageError
+from hqdit.evaluation.bootstrap import bootstrap_interval
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import adapter_for
-from hqdit.numerics.error import SignalToNoise
+from hqdit.numerics.error import SignalToNoise, decibel
 from hqdit.pipeline.checkpoint import quantized_layers
 from hqdit.progress import track
+from hqdit.records.run_record import Interval
 from hqdit.sampling.noise import EVALUATION, starting_noise
 from hqdit.sampling.sampler import SamplingConfig, guide, predict_branches, sample_latents
 from hqdit.transforms.rotation import rotate_folded
@@ -68,37 +72,104 @@ def evaluation_inputs(exact: nn.Module, scheduler: Any, sampling: SamplingConfig
     return EvaluationInputs(tuple(latents), tuple(timesteps), classes)
 
 
-@dataclass(frozen=True)
-class NoiseFidelity:
-    """SQNR of the predicted noise, in dB, over all kept inputs.
+@dataclass(frozen=True, eq=False)
+class NoisePowers:
+    """Powers of one prediction, per time step and trajectory.
 
     Attributes:
-        conditional: with the class.
-        unconditional: with the null class; None without a null class.
-        guided: after classifier-free guidance; None without a null class.
-        by_timestep: (time step, SQNR of the guided or else the conditional prediction).
+        signal: sum of squares of the exact prediction, float64 (timesteps, pairs).
+        noise: sum of squares of the difference, the same shape.
     """
 
-    conditional: float
-    unconditional: float | None
-    guided: float | None
-    by_timestep: tuple[tuple[int, float], ...]
+    signal: npt.NDArray[np.float64]
+    noise: npt.NDArray[np.float64]
+
+    @property
+    def db(self) -> float:
+        """SQNR over everything."""
+        return decibel(float(self.signal.sum()), float(self.noise.sum()))
+
+    @property
+    def db_interval(self) -> Interval:
+        """SQNR over everything, with its 95 % bootstrap interval over trajectories."""
+        pairs = np.stack([self.signal.sum(axis=0), self.noise.sum(axis=0)], axis=1)
+        return bootstrap_interval(pairs, lambda rows: decibel(float(rows[:, 0].sum()), float(rows[:, 1].sum())))
+
+    @property
+    def db_by_timestep(self) -> tuple[float, ...]:
+        """SQNR over the trajectories, per time step."""
+        return tuple(
+            decibel(float(s), float(n)) for s, n in zip(self.signal.sum(axis=1), self.noise.sum(axis=1), strict=True)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseFidelity:
+    """How well the noise is predicted, over all kept inputs.
+
+    Attributes:
+        timesteps: in the order of sampling.
+        branches: "conditional", and with a null class "unconditional" and `guided_branch(g)` for every guidance.
+        judged: the branch that the sampler uses: guided, or conditional without a null class.
+    """
+
+    timesteps: tuple[int, ...]
+    branches: Mapping[str, NoisePowers]
+    judged: str
+
+    @property
+    def conditional(self) -> float:
+        """SQNR with the class, in dB."""
+        return self.branches["conditional"].db
+
+    @property
+    def unconditional(self) -> float | None:
+        """SQNR with the null class, in dB; None without a null class."""
+        return self.branches["unconditional"].db if "unconditional" in self.branches else None
+
+    @property
+    def guided(self) -> float | None:
+        """SQNR after classifier-free guidance (the first scale), in dB; None without a null class."""
+        return self.branches[self.judged].db if self.judged != "conditional" else None
+
+    @property
+    def by_timestep(self) -> tuple[tuple[int, float], ...]:
+        """(time step, SQNR of the judged branch in dB)."""
+        return tuple(zip(self.timesteps, self.branches[self.judged].db_by_timestep, strict=True))
+
+
+def guided_branch(guidance: float) -> str:
+    """Name in `NoiseFidelity.branches` of the prediction after guidance."""
+    return f"guided {guidance:g}"
 
 
 @torch.no_grad()
-def noise_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInputs, guidance: float) -> NoiseFidelity:
+def noise_fidelity(
+    exact: nn.Module, quantized: nn.Module, inputs: EvaluationInputs, *guidances: float
+) -> NoiseFidelity:
     """Compare noise predictions at the same x_t.
 
-    With guidance 1.0 the guided prediction is the conditional one.
+    Args:
+        exact: the float model.
+        quantized: the one to judge.
+        inputs: from `evaluation_inputs`.
+        guidances: scales of classifier-free guidance; the first is the one that is judged. With 1.0 the guided
+            prediction is the conditional one. Not looked at for a model without a null class.
 
     Raises:
         NumericsError: the quantized model predicts NaN or infinity.
     """
     has_null = adapter_for(exact).null_class(exact) is not None
-    totals = {"conditional": SignalToNoise(), "unconditional": SignalToNoise(), "guided": SignalToNoise()}
-    by_timestep = []
+    signal: dict[str, list[Tensor]] = {}
+    noise: dict[str, list[Tensor]] = {}
     # Both branches are looked at even where guidance 1.0 would skip one, so ask for them with another scale.
     branch_scale = 0.0 if has_null else 1.0
+
+    def add(branch: str, true: Tensor, found: Tensor) -> None:
+        true64 = true.to(torch.float64)
+        signal.setdefault(branch, []).append(true64.square().flatten(1).sum(dim=1))
+        noise.setdefault(branch, []).append((found.to(torch.float64) - true64).square().flatten(1).sum(dim=1))
+
     for timestep, latents in track(list(zip(inputs.timesteps, inputs.latents, strict=True)), "noise predictions"):
         times = torch.full_like(inputs.classes, timestep)
         true = predict_branches(exact, latents, times, inputs.classes, branch_scale)
@@ -108,21 +179,17 @@ def noise_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInp
                 f"evaluation: the quantized model predicts NaN or infinity at time step {timestep}, needed finite "
                 "numbers. Fix: quantize again, or check the checkpoint with hqdit inspect"
             )
-        here = SignalToNoise()
-        totals["conditional"].add(true[0], found[0])
+        add("conditional", true[0], found[0])
         if true[1] is not None and found[1] is not None:
-            totals["unconditional"].add(true[1], found[1])
-            totals["guided"].add(guide(true[0], true[1], guidance), guide(found[0], found[1], guidance))
-            here.add(guide(true[0], true[1], guidance), guide(found[0], found[1], guidance))
-        else:
-            here.add(true[0], found[0])
-        by_timestep.append((timestep, here.db))
-    return NoiseFidelity(
-        totals["conditional"].db,
-        totals["unconditional"].db if has_null else None,
-        totals["guided"].db if has_null else None,
-        tuple(by_timestep),
-    )
+            add("unconditional", true[1], found[1])
+            for guidance in guidances:
+                add(guided_branch(guidance), guide(*true, guidance), guide(*found, guidance))
+    powers = {
+        branch: NoisePowers(torch.stack(signal[branch]).cpu().numpy(), torch.stack(noise[branch]).cpu().numpy())
+        for branch in signal
+    }
+    judged = guided_branch(guidances[0]) if has_null and guidances else "conditional"
+    return NoiseFidelity(inputs.timesteps, powers, judged)
 
 
 @contextmanager
@@ -170,15 +237,20 @@ def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInp
     return {name: ratio.db for name, ratio in ratios.items()}
 
 
-def psnr_db(exact: Tensor, approximate: Tensor) -> float:
-    """Mean over images of the peak signal to noise ratio, in dB; infinite if any pair of images is equal.
+def psnr_of_images(exact: Tensor, approximate: Tensor) -> list[float]:
+    """Peak signal to noise ratio of every image, in dB; infinite where both are equal.
 
     Args:
         exact: floating point images (samples, ...) in [-1, 1], so that the peak is 2.
         approximate: the same shape.
     """
     mse = (approximate.to(torch.float64) - exact.to(torch.float64)).square().flatten(1).mean(dim=1)
-    ratios = [math.inf if error == 0 else 10 * math.log10(4.0 / error) for error in mse.tolist()]
+    return [math.inf if error == 0 else 10 * math.log10(4.0 / error) for error in mse.tolist()]
+
+
+def psnr_db(exact: Tensor, approximate: Tensor) -> float:
+    """Mean of `psnr_of_images`, in dB; infinite if any pair of images is equal."""
+    ratios = psnr_of_images(exact, approximate)
     return sum(ratios) / len(ratios)
 
 
