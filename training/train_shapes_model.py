@@ -1,7 +1,7 @@
 """Train the class-conditional pixel-space DiT that ships with hqdit as `shapes`.
 
 Data: 20,000 images of coloured shapes and textures, drawn by `hqdit.evaluation.shapes` (32x32, RGB, ten classes).
-Model: `DiTTransformer2DModel`, 6 blocks of 4 heads x 32 = width 128, MLP 512, patch 4 (64 tokens).
+Model: `DiTTransformer2DModel`, 4 blocks of 4 heads x 32 = width 128, MLP 512, patch 4 (64 tokens).
 Recipe: `diffusion_training.py`, without augmentation.
 
 Run `make train-shapes` (needs the `train` extra); the result is what `src/hqdit/data/shapes` holds.
@@ -16,9 +16,9 @@ from torch import Tensor
 from hqdit.evaluation.shapes import SHAPES_CLASSES, SIZE, shapes_images
 
 RECIPE = {
-    "steps": 8000,
+    "steps": 7000,
     "images": 20000,
-    "batch_size": 128,
+    "batch_size": 64,
     "learning_rate": 1e-3,
     "warmup_steps": 200,
     "weight_decay": 0.01,
@@ -33,7 +33,7 @@ ARCHITECTURE = {
     "attention_head_dim": 32,
     "in_channels": 3,
     "out_channels": 3,
-    "num_layers": 6,
+    "num_layers": 4,
     "sample_size": SIZE,
     "patch_size": 4,
     "num_embeds_ada_norm": len(SHAPES_CLASSES),
