@@ -258,6 +258,13 @@ FLAGS = [
     # quantize
     (QUANTIZE + "--preset best", "--preset", "'best'", "hqdit, minmax"),
     (QUANTIZE + "--preset ''", "--preset"),
+    (QUANTIZE + "--bits W2A2", "--bits", "'W2A2'", "W8A8, W4A8, W4A6, W4A4"),
+    (QUANTIZE + "--smoothing 1.5", "--smoothing", "1.5"),
+    (QUANTIZE + "--low-rank -1", "--low-rank", "-1"),
+    (QUANTIZE + "--preset svdquant --low-rank 73", "--low-rank", "73", "norm1.linear"),
+    (QUANTIZE + "--preset svdquant --fold-value-rotation --rotation full", "--low-rank", "--no-fold-value-rotation"),
+    (QUANTIZE + "--format-search --activations fp4", "--format-search", "--activation-granularity channel"),
+    (QUANTIZE + "--activations fp4", "--activations", "'fp4'"),
     (QUANTIZE + "--alpha 0", "--alpha", "0.0"),
     (QUANTIZE + "--alpha 1", "--alpha", "1.0"),
     (QUANTIZE + "--alpha nan", "--alpha", "nan"),

@@ -208,6 +208,8 @@ CONFIGS = {
     ),
     "static": QuantizationConfig(gptq=False, activation_granularity="tensor"),
     "static per channel": QuantizationConfig(gptq=False, activation_granularity="channel"),
+    "smoothed": QuantizationConfig(gptq=False, rotation="none", smoothing=0.5),
+    "smoothed and rotated": QuantizationConfig(gptq=False, fold_value_rotation=True, smoothing=0.5),
     "float32 arithmetic": QuantizationConfig(gptq=False, weights="e4m3", activations="e5m2"),
 }
 
@@ -324,6 +326,24 @@ def test_partly_quantized_block_is_not_fused() -> None:
     model: Any = quantize(tiny_dit(), CONFIGS["minmax"].replace(exclude=("transformer_blocks.1.ff.*",)))
     assert [type(block) for block in model.transformer_blocks] == [FusedDiTBlock, BasicTransformerBlock]
     assert processors(model) == [SharedInputAttention] * BLOCKS
+
+
+@pytest.mark.parametrize("branched", ["attn1.to_k", "attn1.to_out.0", "ff.net.2", "norm1.linear"])
+def test_block_with_a_low_rank_branch_is_not_fused(branched: str) -> None:
+    # Fused operations see quantized inputs only, and a branch reads the input before that.
+    model: Any = quantize(tiny_dit(), CONFIGS["minmax"].replace(exclude=(f"transformer_blocks.0.{branched}",)))
+    quantize_rest = CONFIGS["minmax"].replace(include=(f"transformer_blocks.0.{branched}",), low_rank=4)
+    plain: Any = quantize(tiny_dit(), quantize_rest)
+    layer = plain.transformer_blocks[0].get_submodule(branched)
+    model.transformer_blocks[0].set_submodule(branched, layer)
+    expected = predicted(model)
+    adapter_for(model).fuse(model)
+    assert [type(block) for block in model.transformer_blocks] == [BasicTransformerBlock, FusedDiTBlock]
+    is_shared = not branched.endswith("to_k")
+    assert processors(model) == [SharedInputAttention if is_shared else AttnProcessor2_0, SharedInputAttention]
+    with use_backend("torch"):
+        assert torch.equal(predicted(model), predicted(unfused(model)))
+    assert layer.low_rank_down is not None and expected.isfinite().all()
 
 
 def test_shared_attention_keeps_the_dtype() -> None:

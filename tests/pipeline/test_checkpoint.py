@@ -46,7 +46,13 @@ from hqdit.pipeline.quantize import quantize
 
 #: One block keeps loading fast; the options bring every kind of buffer into one file or the other.
 SMALL: dict[str, Any] = {"num_layers": 1}
-CHANNELS = QuantizationConfig(gptq=False, format_granularity="channel", activation_granularity="channel-token")
+CHANNELS = QuantizationConfig(
+    gptq=False,
+    format_granularity="channel",
+    activation_granularity="channel-token",
+    smoothing=0.5,
+    low_rank=3,
+)
 GROUPS = QuantizationConfig(
     gptq=False, weights="e4m3", weight_granularity="group", group_size=12, activation_granularity="tensor"
 )
@@ -125,7 +131,9 @@ def test_tensors_of_the_file(originals: dict[str, Path]) -> None:
         "format_index": (torch.uint8, (72,)),
     }
     assert (found[f"{name}.rotation_signs"].dtype, found[f"{name}.rotation_signs"].shape) == (torch.uint8, (36,))
-    assert found[f"{name}.channel_scale"].shape == (288,)
+    assert found[f"{name}.channel_scale"].shape == found[f"{name}.input_scale"].shape == (288,)
+    assert found[f"{name}.low_rank_down"].dtype == found[f"{name}.low_rank_up"].dtype == torch.bfloat16
+    assert (found[f"{name}.low_rank_down"].shape, found[f"{name}.low_rank_up"].shape) == ((3, 288), (72, 3))
     assert f"{name}.weight" not in found
     groups = stored(originals["groups"])
     assert groups[f"{name}.qweight"].shape == (72, 288)
@@ -202,8 +210,8 @@ def test_load(original: Path) -> None:
     assert torch.equal(predicted(model), predicted(again))
 
 
-def test_loaded_attention_quantizes_its_input_once(original: Path) -> None:
-    model: Any = load(original)
+def test_loaded_attention_quantizes_its_input_once(originals: dict[str, Path]) -> None:
+    model: Any = load(originals["groups"])  # the other has low-rank branches, which read the input by themselves
     assert all(isinstance(block.attn1.processor, SharedInputAttention) for block in model.transformer_blocks)
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny import require_complete
 
 from hqdit.errors import UsageError
-from hqdit.formats.catalog import E1M2, E2M1, E3M0, FORMAT_NAMES
-from hqdit.pipeline.config import DEFAULT_PRESET, PRESETS, QuantizationConfig
+from hqdit.formats.catalog import E1M2, E2M1, E3M0, FORMAT_NAMES, INT4
+from hqdit.pipeline.config import BIT_WIDTHS, DEFAULT_PRESET, PRESETS, QuantizationConfig
 
 TABLE = "table:-64,-32,-16,-8,-4,-2,-1,0,1,2,4,8,16,32,64,127"
 
@@ -50,6 +50,8 @@ configs = st.builds(
     alpha=st.floats(0, 1, exclude_min=True, exclude_max=True),
     rotation=st.sampled_from(["full", "none", "block:4", "block:36"]),
     scale_rule=st.sampled_from(["absmax", "mse"]),
+    smoothing=st.none() | st.floats(0, 1),
+    low_rank=st.integers(0, 2**40),
     gptq=st.booleans(),
     act_order=st.booleans(),
     include=st.tuples(st.text(max_size=5)),
@@ -159,6 +161,9 @@ def test_values_out_of_range(name: str, value: Any) -> None:
         *((name, value) for name in ("gptq", "act_order", "fold_value_rotation") for value in (None, 0, 1, "yes")),
         *((name, value) for name in ("include", "exclude") for value in (None, "*", 7, ["*"], (1,), (None,))),
         *(("alpha", value) for value in (None, "0.25", True)),
+        *(("smoothing", value) for value in ("0.5", True, [0.5])),
+        *(("low_rank", value) for value in (None, "4", 4.0, True)),
+        *(("format_search", value) for value in (None, 0, "yes")),
         *(("seed", value) for value in (None, "0", 0.0, True)),
         *(("group_size", value) for value in ("36", 36.0, True)),
         *(("keep_dtype", value) for value in (32, True)),
@@ -199,7 +204,7 @@ def test_limits_are_accepted() -> None:
 
 
 def test_presets() -> None:
-    assert PRESETS.keys() == {"hqdit", "minmax"} and DEFAULT_PRESET == "hqdit"
+    assert next(iter(PRESETS)) == DEFAULT_PRESET == "hqdit"
     paper = QuantizationConfig.preset("hqdit")
     assert paper == QuantizationConfig()
     assert (paper.weights, paper.alpha, paper.rotation, paper.gptq) == ("fp4", 0.25, "full", True)
@@ -209,10 +214,112 @@ def test_presets() -> None:
     assert minmax.weight_candidates == (E2M1,)
     assert (minmax.rotation, minmax.gptq, minmax.scale_rule) == ("none", False, "absmax")
     assert not minmax.needs_calibration
-    for name in ("", "HQDIT", "gptq"):
+    for name in ("", "HQDIT", "best"):
         with pytest.raises(UsageError) as info:
             QuantizationConfig.preset(name)
         require_complete(info.value, "--preset", repr(name), "hqdit, minmax")
+
+
+NEAREST: dict[str, Any] = {"rotation": "none", "gptq": False, "activation_granularity": "token", "weights": "int4"}
+#: Preset -> what it has that differs from the paper's method.
+METHODS: dict[str, dict[str, Any]] = {
+    "hqdit": {},
+    "minmax": {**NEAREST, "weights": "e2m1"},
+    "minmax-int4": NEAREST,
+    "smoothquant": {**NEAREST, "smoothing": 0.5},
+    "fpq": {
+        **NEAREST,
+        "weights": "fp4",
+        "activations": "fp4",
+        "activation_granularity": "channel",
+        "format_search": True,
+    },
+    "gptq": {**NEAREST, "gptq": True},
+    "quarot": {"weights": "int4"},
+    "svdquant": {**NEAREST, "smoothing": 0.5, "low_rank": 32},
+    "hqdit-no-rotation": {"rotation": "none"},
+    "hqdit-fixed-format": {"weights": "e2m1"},
+    "hqdit-no-gptq": {"gptq": False},
+    "hqdit-channel": {"activation_granularity": "channel"},
+}
+
+
+def test_methods_differ_from_the_paper_in_what_they_are_named_after() -> None:
+    assert {name: QuantizationConfig(**values) for name, values in METHODS.items()} == PRESETS
+    assert len(set(PRESETS.values())) == len(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_bit_widths_change_formats_only(name: str) -> None:
+    plain = QuantizationConfig.preset(name)
+    assert QuantizationConfig.preset(name, "W4A4") == plain == PRESETS[name]
+    integer = plain.weights == "int4"
+    int8, int6 = ("int8", "int6") if integer else ("e4m3", "e2m3")
+    found = {bits: QuantizationConfig.preset(name, bits) for bits in BIT_WIDTHS}
+    assert {bits: (config.weights, config.activations) for bits, config in found.items()} == {
+        "W8A8": (int8, int8),
+        "W4A8": (plain.weights, int8),
+        "W4A6": (plain.weights, int6),
+        "W4A4": (plain.weights, plain.activations),
+    }
+    for config in found.values():
+        assert config.replace(weights=plain.weights, activations=plain.activations) == plain
+        assert QuantizationConfig.from_json(json.dumps(config.to_json())) == config
+
+
+@pytest.mark.parametrize("bits", ["", "w4a4", "W2A2", "4"])
+def test_unknown_bit_widths(bits: str) -> None:
+    with pytest.raises(UsageError) as info:
+        QuantizationConfig.preset("hqdit", bits)
+    require_complete(info.value, "--bits", repr(bits), "W8A8, W4A8, W4A6, W4A4")
+
+
+def test_json_of_before_the_baselines_has_none_of_them() -> None:
+    new = {"smoothing": None, "low_rank": 0, "format_search": False}
+    config = QuantizationConfig(rotation="block:36", seed=3)
+    old = {key: value for key, value in config.to_json().items() if key not in new}
+    assert QuantizationConfig.from_json(old) == config
+    assert {key: getattr(config, key) for key in new} == new
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        *(("--smoothing", {"smoothing": value}) for value in (-0.1, 1.1, float("nan"), float("inf"))),
+        ("--low-rank", {"low_rank": -1}),
+        ("--low-rank", {"low_rank": 4, "fold_value_rotation": True}),
+        *(
+            ("--format-search", {"format_search": True, "activations": "fp4", **change})
+            for change in (
+                {"activation_granularity": "token"},
+                {"activation_granularity": "channel-token"},
+                {"activation_granularity": "channel", "weight_granularity": "tensor"},
+                {"activation_granularity": "channel", "format_granularity": "channel"},
+                {"activation_granularity": "channel", "scale_rule": "mse"},
+            )
+        ),
+        *(
+            ("--activations", {"format_search": True, "activation_granularity": "channel", "activations": value})
+            for value in ("same", "int4", TABLE)
+        ),
+        ("--weights", {"format_search": True, "activation_granularity": "channel", "weights": "int4"}),
+        ("--activations", {"activations": "fp4"}),
+    ],
+)
+def test_smoothing_branch_and_search(flag: str, values: dict[str, Any]) -> None:
+    if values.get("weights") == "int4":
+        values = {**values, "activations": "fp4"}
+    refused(flag, **values)
+
+
+def test_smoothing_branch_and_search_in_full() -> None:
+    for alpha in (0, 0.0, 0.5, 1, 1.0):
+        assert QuantizationConfig(smoothing=alpha, gptq=False).needs_calibration
+    assert not QuantizationConfig(low_rank=8, gptq=False).needs_calibration
+    search = QuantizationConfig.preset("fpq")
+    assert search.needs_calibration and search.weight_candidates == search.activation_candidates == (E3M0, E2M1, E1M2)
+    assert QuantizationConfig(weights="int4").activation_candidates == (INT4,)
+    search.replace(rotation="full", gptq=True, smoothing=0.5, low_rank=4)  # parts that go together
 
 
 @pytest.mark.parametrize("granularity", ["token", "group", "tensor", "channel", "channel-token"])

@@ -129,6 +129,28 @@ def test_width_without_a_matrix_names_the_layer_and_the_blocks() -> None:
     assert len(plan(model, rotation="none").layers) == 7 * BLOCKS
 
 
+@pytest.mark.parametrize("rank", [73, 1000])
+def test_rank_that_a_layer_cannot_have(rank: int) -> None:
+    refused(UsageError, ("transformer_blocks.0.norm1.linear", str(rank), "72", "--low-rank"), low_rank=rank)
+    assert len(plan(low_rank=72).layers) == 7 * BLOCKS
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, 0.5])
+def test_places_of_smoothing(alpha: float | None) -> None:
+    for layer in plan(smoothing=alpha).layers:
+        is_behind_a_function = layer.site.role in ("fc2", "modulation")
+        assert layer.smoothing == ("none" if alpha is None else "applied" if is_behind_a_function else "folded")
+
+
+def test_policy_says_what_will_happen() -> None:
+    (policy,) = {layer.format_policy for layer in plan(smoothing=0.5, low_rank=4, weights="int4").layers}
+    assert policy == "int4; input same; smoothed by alpha 0.5; 16-bit branch of rank 4"
+    (policy,) = {
+        layer.format_policy for layer in plan_quantization(tiny_dit(), QuantizationConfig.preset("fpq")).layers
+    }
+    assert policy == "fp4 (e3m0 or e2m1 or e1m2 per layer); input fp4; searched"
+
+
 def test_heads_without_a_matrix_cannot_be_folded() -> None:
     # 3 heads of 24: 72 has a matrix, 24 has one, 3 has none.
     model = tiny_dit(num_attention_heads=3, attention_head_dim=24)

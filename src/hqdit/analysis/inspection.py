@@ -21,7 +21,7 @@ def weight_bytes(folder: ModelFolder) -> int:
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Bits of codes, scales, format indices and signs per quantized weight."""
+    """Bits of codes, scales, format indices, signs and low-rank branches per quantized weight."""
     layers = quantized_layers(model).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return 8 * sum(layer.storage_bytes for layer in layers) / weights
@@ -31,7 +31,7 @@ def size_facts(model: nn.Module, folder: ModelFolder) -> dict[str, Any]:
     """Bits and bytes of a quantized model.
 
     Returns:
-        bits_per_weight: bits of codes, scales, format indices and signs per quantized weight.
+        bits_per_weight: bits of codes, scales, format indices, signs and low-rank branches per quantized weight.
         bits_per_parameter: bits of the weight files per parameter of the float model.
         file_bytes: size of the weight files.
         file_ratio: size of all parameters in float32 over `file_bytes`.
@@ -69,6 +69,8 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
             "weight_granularity": spec.weight.granularity,
             "activation_granularity": spec.activation.granularity,
             "rotation": spec.rotation.describe(),
+            "smoothing": spec.activation.smoothing,
+            "low_rank": spec.weight.low_rank,
             "bits_per_weight": 8 * layer.storage_bytes / (layer.in_features * layer.out_features),
             **record.layers[name],
         }

@@ -9,6 +9,20 @@ import typer
 
 from hqdit.cli.options import Debug, JsonFile, Quiet, require_json, running, say, write_json
 
+HEADER = (
+    "layer",
+    "formats",
+    "input",
+    "statistic",
+    "granularity",
+    "rotation",
+    "smoothing",
+    "rank",
+    "method",
+    "damping",
+    "bits",
+)
+
 
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DST", help="Folder that hqdit quantize wrote.")],
@@ -26,9 +40,8 @@ def inspect(
         write_json(json_file, result)
         if quiet:
             return
-        header = ("layer", "formats", "input", "statistic", "granularity", "rotation", "method", "damping", "bits")
-        rows = [header, *(_row(name, facts) for name, facts in result["layers"].items())]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        rows = [HEADER, *(_row(name, facts) for name, facts in result["layers"].items())]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
         for row in rows:
             say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         print_sizes(Path(model), result)
@@ -44,6 +57,8 @@ def _row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
         "infinite" if statistic is None else f"{statistic:.1f}",
         f"{facts['weight_granularity']} x {facts['activation_granularity']}",
         facts["rotation"],
+        facts["smoothing"],
+        str(facts["low_rank"]) if facts["low_rank"] else "-",
         facts["method"],
         "-" if damping is None else f"{damping:g}",
         f"{facts['bits_per_weight']:.3f}",

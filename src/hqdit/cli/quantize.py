@@ -36,10 +36,17 @@ if TYPE_CHECKING:
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Bundled name, hub id, pipeline or transformer folder.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; it must not exist.")] = None,
-    preset: Annotated[str, typer.Option(help="hqdit (the paper) or minmax (round-to-nearest).")] = "hqdit",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="hqdit (the paper), or a baseline: minmax, minmax-int4, smoothquant, fpq, gptq, quarot, svdquant, "
+            "hqdit-no-rotation, hqdit-fixed-format, hqdit-no-gptq, hqdit-channel."
+        ),
+    ] = "hqdit",
+    bits: Annotated[str, typer.Option(help="W8A8, W4A8, W4A6 or W4A4: weights, activations.")] = "W4A4",
     weights: Annotated[str | None, typer.Option(help="fp4, e2m1, e1m2, e3m0, int4, ... or table:n,...,n.")] = None,
     activations: Annotated[
-        str | None, typer.Option(help="same (the layer's format), or a format's name or table.")
+        str | None, typer.Option(help="same (the layer's format), or a format's name or table; fp4 to search it.")
     ] = None,
     weight_granularity: Annotated[str | None, typer.Option(help="tensor, channel or group.")] = None,
     activation_granularity: Annotated[
@@ -55,6 +62,11 @@ def quantize(
     scale_rule: Annotated[str | None, typer.Option(help="absmax or mse, for weights.")] = None,
     gptq: Annotated[bool | None, typer.Option("--gptq/--no-gptq", help="GPTQ or round-to-nearest.")] = None,
     act_order: Annotated[bool | None, typer.Option("--act-order/--no-act-order", help="Column order of GPTQ.")] = None,
+    smoothing: Annotated[float | None, typer.Option(help="SmoothQuant's alpha, 0 to 1.")] = None,
+    low_rank: Annotated[int | None, typer.Option(help="Rank of SVDQuant's 16-bit branch; 0 for none.")] = None,
+    format_search: Annotated[
+        bool | None, typer.Option("--format-search/--no-format-search", help="LLM-FP4's search of formats and scales.")
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Name pattern of layers to quantize; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Name pattern of layers to leave; repeatable.")] = None,
     keep_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for the rest.")] = None,
@@ -72,7 +84,7 @@ def quantize(
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Quantize a trained diffusion transformer to FP4 weights and activations."""
+    """Quantize a trained diffusion transformer to FP4 weights and activations, or as a baseline does."""
     require_count("--calibration-samples", calibration_samples)
     if out is None and not dry_run:
         raise UsageError("--out: found nothing, needed the folder to write. Fix: add --out DST, or --dry-run")
@@ -99,12 +111,15 @@ def quantize(
             "scale_rule": scale_rule,
             "gptq": gptq,
             "act_order": act_order,
+            "smoothing": smoothing,
+            "low_rank": low_rank,
+            "format_search": format_search,
             "include": tuple(include) if include else None,
             "exclude": tuple(exclude) if exclude else None,
             "keep_dtype": keep_dtype,
             "seed": seed,
         }
-        config = QuantizationConfig.preset(preset).replace(**{k: v for k, v in changes.items() if v is not None})
+        config = QuantizationConfig.preset(preset, bits).replace(**{k: v for k, v in changes.items() if v is not None})
         sampling = SamplingConfig(steps, guidance)
         folder = find_model(source)
         sources = [folder.root] if calibration is None else [folder.root, calibration]
@@ -148,6 +163,7 @@ def _plan_record(plan: QuantizationPlan, config: QuantizationConfig) -> dict[str
                 "out_features": layer.out_features,
                 "rotation": layer.rotation.describe(),
                 "format_policy": layer.format_policy,
+                "smoothing": layer.smoothing,
             }
             for layer in plan.layers
         },
@@ -156,14 +172,14 @@ def _plan_record(plan: QuantizationPlan, config: QuantizationConfig) -> dict[str
 
 
 def _print_plan(plan: QuantizationPlan) -> None:
-    rows = [("layer", "width", "rotation", "format policy, or why it is skipped")]
+    rows = [("layer", "width", "rotation", "smoothing", "format policy, or why it is skipped")]
     rows += [
-        (layer.site.name, str(layer.in_features), layer.rotation.describe(), layer.format_policy)
+        (layer.site.name, str(layer.in_features), layer.rotation.describe(), layer.smoothing, layer.format_policy)
         for layer in plan.layers
     ]
-    rows += [(name, "-", "-", f"skipped: {reason}") for name, reason in plan.skipped.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    rows += [(name, "-", "-", "-", f"skipped: {reason}") for name, reason in plan.skipped.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
-        say("  ".join((*cells, row[3])))
+        cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)]
+        say("  ".join((*cells, row[4])))
     say(f"{len(plan.layers)} layers to quantize, {len(plan.skipped)} linear layers kept; nothing was changed")

@@ -13,9 +13,10 @@ from hqdit.kernels.linear import PackedWeight, packed_level_tables
 from hqdit.kernels.preparation import Front, InputPreparation, input_tables
 from hqdit.kernels.selection import current_backend
 from hqdit.numerics.codes import pack_codes, unpack_codes
+from hqdit.quantizers.low_rank import BRANCH_DTYPE
 from hqdit.quantizers.quantized_tensor import QuantizedTensor
 from hqdit.quantizers.spec import LinearSpec
-from hqdit.transforms.rotation import SIGNS_PER_BYTE, pack_signs, unpack_signs, unrotate
+from hqdit.transforms.rotation import SIGNS_PER_BYTE, pack_signs, rotate_folded, unpack_signs, unrotate
 
 
 class HQLinear(nn.Linear):
@@ -23,6 +24,10 @@ class HQLinear(nn.Linear):
 
     The weight was rotated once, offline, so rotating x leaves the product unchanged up to rounding:
     (x R)(W R)^T = x W^T because R R^T = I. Source: HQ-DiT (arXiv 2405.19751), section 3.
+
+    With a low-rank branch the codes stand for what the branch leaves of W, and y = Q(x) Q(R)^T + (x D^T) U^T + b with
+    D and U in 16 bits. The branch reads the input as the layer gets it, before it is smoothed, rotated or rounded.
+    Source: SVDQuant (arXiv 2411.05007), section 4.
 
     It is a subclass of `nn.Linear` so that libraries which look for linear layers (peft, for one) find it; its
     `weight` is the packed tensor and cannot be assigned.
@@ -34,6 +39,10 @@ class HQLinear(nn.Linear):
         rotation_signs: uint8 (ceil(in_features / 8),), only where the input is rotated.
         channel_scale: float32 (in_features,), only for static per-channel activation scales.
         static_scale: float32 (1,), only for a static scale per tensor.
+        input_scale: float32 (in_features,), only where the input is smoothed: the factors, applied before the rotation
+            by this layer or, where its specification says "folded", by the layers before it.
+        low_rank_down: bfloat16 (rank, in_features), D, only with a low-rank branch.
+        low_rank_up: bfloat16 (out_features, rank), U, likewise.
     Parameter:
         bias: (out_features,), if the layer had one.
     """
@@ -44,6 +53,9 @@ class HQLinear(nn.Linear):
     rotation_signs: Tensor | None
     channel_scale: Tensor | None
     static_scale: Tensor | None
+    input_scale: Tensor | None
+    low_rank_down: Tensor | None
+    low_rank_up: Tensor | None
 
     def __init__(self, spec: LinearSpec, bias: bool = True, device: torch.device | str | None = None) -> None:
         """Empty buffers of the shapes that `spec` asks for; `from_quantized` or a state dict fills them."""
@@ -65,6 +77,10 @@ class HQLinear(nn.Linear):
         add("rotation_signs", (sign_bytes,), torch.uint8, wanted=not spec.rotation.is_identity)
         add("channel_scale", (spec.in_features,), torch.float32, wanted=spec.activation.has_channel_scale)
         add("static_scale", (1,), torch.float32, wanted=spec.activation.has_static_scale)
+        add("input_scale", (spec.in_features,), torch.float32, wanted=spec.activation.smoothing != "none")
+        rank = spec.weight.low_rank
+        add("low_rank_down", (rank, spec.in_features), BRANCH_DTYPE, wanted=rank > 0)
+        add("low_rank_up", (spec.out_features, rank), BRANCH_DTYPE, wanted=rank > 0)
         empty_bias = nn.Parameter(torch.zeros(spec.out_features, device=device), requires_grad=False)
         self.register_parameter("bias", empty_bias if bias else None)
 
@@ -77,8 +93,12 @@ class HQLinear(nn.Linear):
         signs: Tensor | None = None,
         channel_scale: Tensor | None = None,
         static_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        branch: tuple[Tensor, Tensor] | None = None,
     ) -> HQLinear:
         """A layer that holds `weight`; the optional tensors must be given where `spec` asks for them.
+
+        `branch` is the pair (low_rank_down, low_rank_up).
 
         Raises:
             ValueError: a tensor is missing, not asked for, or of another shape or dtype than the class says.
@@ -91,6 +111,9 @@ class HQLinear(nn.Linear):
             "rotation_signs": None if signs is None else pack_signs(signs),
             "channel_scale": channel_scale,
             "static_scale": static_scale,
+            "input_scale": input_scale,
+            "low_rank_down": None if branch is None else branch[0],
+            "low_rank_up": None if branch is None else branch[1],
         }
         for name, value in buffers.items():
             found, needed = (
@@ -116,7 +139,7 @@ class HQLinear(nn.Linear):
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of everything but the bias: codes, scales, format indices and signs."""
+        """Bytes of everything but the bias: codes, scales, format indices, signs and the low-rank branch."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     @property
@@ -129,7 +152,13 @@ class HQLinear(nn.Linear):
             self.rotation_signs,
             self.channel_scale,
             self.static_scale,
+            input_scale=self.input_scale if self.spec.activation.smoothing == "applied" else None,
         )
+
+    @property
+    def is_fusible(self) -> bool:
+        """Whether the quantized input is all that the layer needs, so that a fused operation may stand for it."""
+        return self.low_rank_down is None
 
     @property
     def packed_weight(self) -> PackedWeight:
@@ -143,7 +172,7 @@ class HQLinear(nn.Linear):
         return current_backend().quantize_input(x.reshape(-1, self.in_features), self.preparation, front)
 
     def forward_quantized(self, activation: QuantizedActivation, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The product and the bias: (tokens, out_features) in `dtype`."""
+        """The product and the bias, without a low-rank branch: (tokens, out_features) in `dtype`."""
         return current_backend().linear(activation, [self.packed_weight], dtype=dtype)[0]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -151,11 +180,16 @@ class HQLinear(nn.Linear):
 
         A token that holds a NaN or an infinity gives NaN outputs.
         """
-        output = self.forward_quantized(self.quantize_input(input), input.dtype)
+        if self.low_rank_down is None or self.low_rank_up is None:
+            output = self.forward_quantized(self.quantize_input(input), input.dtype)
+        else:
+            down, up = self.low_rank_down.to(torch.float32), self.low_rank_up.to(torch.float32)
+            branch = (input.reshape(-1, self.in_features).to(torch.float32) @ down.T) @ up.T
+            output = (self.forward_quantized(self.quantize_input(input)) + branch).to(input.dtype)
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HQLinear:
-        """Moving works as for any module, but `.to(dtype)` leaves the float32 scales as they are."""
+        """Moving works as for any module, but `.to(dtype)` leaves the scales and the branch as they are."""
         exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
@@ -176,22 +210,47 @@ class HQLinear(nn.Linear):
             and equal(self.rotation_signs, other.rotation_signs)
             and equal(self.channel_scale, other.channel_scale)
             and equal(self.static_scale, other.static_scale)
+            and equal(self.input_scale, other.input_scale)
         )
 
+    def delivered(self, x: Tensor) -> Tensor:
+        """The float layer's input as the layers before this one deliver it: smoothed and rotated as far as is folded.
+
+        Args:
+            x: floating point (..., in_features), of the float model.
+        """
+        if self.spec.activation.smoothing == "folded" and self.input_scale is not None:
+            x = x * self.input_scale.to(x.dtype)
+        if self.spec.rotation.is_folded and self.signs is not None:
+            x = rotate_folded(x, self.spec.rotation, self.signs)
+        return x
+
     def dequantized_weight(self) -> Tensor:
-        """The float32 weight (out_features, in_features) in the basis of the unrotated input."""
+        """The float32 weight (out_features, in_features) that stands for the float layer's, branch included.
+
+        It belongs to the input before it was rotated or smoothed, by whichever layer.
+        """
         codes = torch.empty((self.out_features, self.in_features), dtype=torch.uint8, device=self.qweight.device)
         codes[:] = unpack_codes(self.qweight, self.spec.weight.formats[0])
         weight = QuantizedTensor(codes, self.weight_scale, self.format_index, self.spec.weight).dequantize()
         if self.channel_scale is not None:
             weight = weight / self.channel_scale
-        return unrotate(weight, self.spec.rotation, self.signs)
+        weight = unrotate(weight, self.spec.rotation, self.signs)
+        if self.low_rank_down is None or self.low_rank_up is None:
+            return weight if self.input_scale is None else weight * self.input_scale
+        branch = self.low_rank_up.to(torch.float32) @ self.low_rank_down.to(torch.float32)
+        if self.input_scale is None:
+            return weight + branch
+        # The branch reads the delivered input: smoothed already where that is folded, plain where it is not.
+        is_folded = self.spec.activation.smoothing == "folded"
+        return (weight + branch) * self.input_scale if is_folded else weight * self.input_scale + branch
 
     def extra_repr(self) -> str:
         """Shape, formats and rotation on one line."""
         formats = "/".join(fmt.name for fmt in self.spec.weight.formats)
+        rank = f" + rank {self.spec.weight.low_rank}" if self.spec.weight.low_rank else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"weight={formats} per {self.spec.weight.granularity}, activation={self.spec.activation.format} per "
+            f"weight={formats} per {self.spec.weight.granularity}{rank}, activation={self.spec.activation.format} per "
             f"{self.spec.activation.granularity}, rotation={self.spec.rotation.describe()}"
         )

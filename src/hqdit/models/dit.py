@@ -104,7 +104,7 @@ class DiTAdapter(ModelAdapter):
                 FusedDiTBlock.fuse(block)
             attention = block.attn1
             projections = (attention.to_q, attention.to_k, attention.to_v)
-            if all(isinstance(layer, HQLinear) for layer in projections) and all(
+            if all(isinstance(layer, HQLinear) and layer.is_fusible for layer in projections) and all(
                 attention.to_q.shares_input_with(layer) for layer in projections[1:]
             ):
                 attention.set_processor(SharedInputAttention())

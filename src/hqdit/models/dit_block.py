@@ -30,7 +30,10 @@ class FusedDiTBlock(BasicTransformerBlock):  # type: ignore[misc]
 
     @staticmethod
     def can_fuse(block: nn.Module) -> bool:
-        """Whether `block` is self-attention and MLP with adaLN-zero and nothing else, quantized throughout."""
+        """Whether `block` is self-attention and MLP with adaLN-zero and nothing else, quantized throughout.
+
+        Layers with a low-rank branch are not fused: fused operations see quantized inputs only.
+        """
         candidate = cast(Any, block)
         return (
             isinstance(block, BasicTransformerBlock)
@@ -39,7 +42,7 @@ class FusedDiTBlock(BasicTransformerBlock):  # type: ignore[misc]
             and candidate.pos_embed is None
             and candidate.norm3.weight is None
             and getattr(candidate.ff.net[0], "approximate", None) in _GELU
-            and _is_quantized(candidate)
+            and _is_fusible(candidate)
             and all(candidate.attn1.to_q.shares_input_with(layer) for layer in _qkv(candidate)[1:])
         )
 
@@ -57,7 +60,7 @@ class FusedDiTBlock(BasicTransformerBlock):  # type: ignore[misc]
         embedding = _take_embedding(kwargs)
         conditions = {"timestep", "class_labels"}
         others = [value for name, value in kwargs.items() if name not in conditions and value is not None]
-        if args or others or self._chunk_size is not None or not _is_quantized(self):
+        if args or others or self._chunk_size is not None or not _is_fusible(self):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         batch, tokens, width = hidden_states.shape
         dtype, backend = hidden_states.dtype, current_backend()
@@ -133,6 +136,7 @@ def _qkv(block: Any) -> list[HQLinear]:
     return [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
 
 
-def _is_quantized(block: Any) -> bool:
+def _is_fusible(block: Any) -> bool:
+    """Whether every layer is quantized, and has no low-rank branch, which reads the input before it is quantized."""
     others = [block.norm1.linear, block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2]]
-    return all(isinstance(layer, HQLinear) for layer in _qkv(block) + others)
+    return all(isinstance(layer, HQLinear) and layer.is_fusible for layer in _qkv(block) + others)

@@ -288,7 +288,7 @@ def _require_same_shape(model: nn.Module, name: str, spec: LinearSpec, where: Pa
 
 def _require_sound(name: str, layer: HQLinear, where: Path) -> None:
     """Refuse scales that are not positive, format indices out of range, and codes that stand for no number."""
-    for buffer_name in ("weight_scale", "channel_scale", "static_scale"):
+    for buffer_name in ("weight_scale", "channel_scale", "static_scale", "input_scale"):
         scale = getattr(layer, buffer_name)
         if scale is not None and not bool((scale > 0).all()):
             raise CheckpointError(

@@ -9,12 +9,12 @@ from typing import Any
 
 from hqdit.errors import UsageError
 from hqdit.formats.catalog import FORMAT_NAMES, FP4_FORMATS, format_from_json
-from hqdit.formats.number_format import NumberFormat
+from hqdit.formats.number_format import FloatFormat, IntegerFormat, NumberFormat
 from hqdit.quantizers.scaling import SCALE_RULES
 from hqdit.quantizers.spec import ACTIVATION_GRANULARITIES, STATIC_GRANULARITIES, WEIGHT_GRANULARITIES
 from hqdit.transforms.rotation import parse_block
 
-#: Let the statistic choose among E3M0, E2M1 and E1M2.
+#: Let data choose among E3M0, E2M1 and E1M2.
 SELECT_FP4 = "fp4"
 #: Activations take the format that was chosen for the weights of the layers that read them.
 SAME_AS_WEIGHTS = "same"
@@ -28,7 +28,8 @@ class QuantizationConfig:
 
     Attributes:
         weights: "fp4" (format selection among E3M0, E2M1 and E1M2), a format's name, or "table:" and 16 integers.
-        activations: "same" (the layer's format), a format's name, or a table.
+        activations: "same" (the layer's format), a format's name, or a table; with `format_search` "fp4" or a floating
+            point format.
         weight_granularity: tensor, channel (per output channel) or group.
         activation_granularity: token (dynamic), group (dynamic), tensor (static), channel (static per channel, folded
             into the weight) or channel-token (both).
@@ -40,6 +41,10 @@ class QuantizationConfig:
         scale_rule: absmax or mse, for weights.
         gptq: round weights by GPTQ; otherwise to nearest.
         act_order: GPTQ visits columns by descending Hessian diagonal.
+        smoothing: alpha of SmoothQuant, from 0 to 1, or None for no smoothing; it comes before the rotation.
+        low_rank: rank of SVDQuant's 16-bit branch beside every quantized weight; 0 for none.
+        format_search: formats and scales by LLM-FP4's search on the layer's output, instead of the statistic and the
+            scale rule; the search finds scales per output channel, and static ones per input channel.
         include: name patterns (fnmatch) of the layers to quantize, among the linear layers of the blocks.
         exclude: name patterns of the layers to leave alone.
         keep_dtype: dtype that unquantized tensors are stored in; None keeps the source's.
@@ -61,6 +66,9 @@ class QuantizationConfig:
     scale_rule: str = "absmax"
     gptq: bool = True
     act_order: bool = False
+    smoothing: float | None = None
+    low_rank: int = 0
+    format_search: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     keep_dtype: str | None = None
@@ -81,7 +89,7 @@ class QuantizationConfig:
                 )
         for flag, value, word in (
             ("--weights", self.weights, SELECT_FP4),
-            ("--activations", self.activations, SAME_AS_WEIGHTS),
+            ("--activations", self.activations, SELECT_FP4 if self.format_search else SAME_AS_WEIGHTS),
         ):
             if value != word:
                 _parse_format(flag, value, word)
@@ -111,8 +119,36 @@ class QuantizationConfig:
             raise UsageError(
                 f"--fold-value-rotation: found rotation {self.rotation}, needed full. Fix: add --rotation full"
             )
+        self._require_methods()
         if self.seed < 0:
             raise UsageError(f"--seed: found {self.seed!r}, needed an integer of at least 0. Fix: 0 is the default")
+
+    def _require_methods(self) -> None:
+        """Smoothing, the low-rank branch and the search: values, and what does not go together."""
+        if self.smoothing is not None and not 0 <= self.smoothing <= 1:  # a NaN fails as well
+            raise UsageError(f"--smoothing: found {self.smoothing}, needed a number from 0 to 1. Fix: for example 0.5")
+        if self.low_rank < 0:
+            raise UsageError(f"--low-rank: found {self.low_rank}, needed a rank of at least 0. Fix: for example 32")
+        if self.low_rank and self.fold_value_rotation:
+            raise UsageError(
+                f"--low-rank: found {self.low_rank} with --fold-value-rotation, needed the unrotated input that the "
+                "branch reads. Fix: use --no-fold-value-rotation"
+            )
+        if not self.format_search:
+            return
+        settings = (self.weight_granularity, self.activation_granularity, self.format_granularity, self.scale_rule)
+        if settings != ("channel", "channel", "layer", "absmax"):
+            raise UsageError(
+                f"--format-search: found granularities {', '.join(settings[:3])} and scale rule {settings[3]}, needed "
+                "channel for weights and activations, layer for formats and absmax, because the search finds the "
+                "scales. Fix: add --activation-granularity channel"
+            )
+        for flag, formats in (("--weights", self.weight_candidates), ("--activations", self.activation_candidates)):
+            if not all(isinstance(fmt, FloatFormat) for fmt in formats):
+                raise UsageError(
+                    f"{flag}: found {formats[0]} with --format-search, needed fp4 or a floating point format, which "
+                    "has an exponent bias. Fix: use fp4, or --no-format-search"
+                )
 
     def _require_types(self) -> None:
         for name, kinds in _FIELD_TYPES.items():
@@ -134,9 +170,16 @@ class QuantizationConfig:
         return FP4_FORMATS if self.weights == SELECT_FP4 else (format_from_json(self.weights),)
 
     @property
+    def activation_candidates(self) -> tuple[NumberFormat, ...]:
+        """The formats that an input may get; with "same" they are those of the weights."""
+        if self.activations in (SELECT_FP4, SAME_AS_WEIGHTS):
+            return FP4_FORMATS if self.activations == SELECT_FP4 else self.weight_candidates
+        return (format_from_json(self.activations),)
+
+    @property
     def needs_calibration(self) -> bool:
-        """Whether `quantize` needs a `CalibrationSet`."""
-        return self.gptq or self.activation_granularity in STATIC_GRANULARITIES
+        """Whether `quantize` needs a `CalibrationSet`; a search does through its static scales."""
+        return self.gptq or self.smoothing is not None or self.activation_granularity in STATIC_GRANULARITIES
 
     def replace(self, **changes: Any) -> QuantizationConfig:
         """A copy with some fields changed."""
@@ -179,26 +222,38 @@ class QuantizationConfig:
         return cls(**settings)
 
     @classmethod
-    def preset(cls, name: str) -> QuantizationConfig:
-        """The configuration called `name`: "hqdit" (the paper's method) or "minmax" (round-to-nearest E2M1).
+    def preset(cls, name: str, bits: str = "W4A4") -> QuantizationConfig:
+        """The configuration called `name`, one of `PRESETS`, at a bit width of `BIT_WIDTHS`.
+
+        With 8 or 6 bits formats are not chosen: methods on floating point take E4M3 and E2M3, those on integers INT8
+        and INT6. 4-bit weights stay those of the preset.
 
         Raises:
-            UsageError: no such preset.
+            UsageError: no such preset or bit width.
         """
-        if name not in PRESETS:
-            raise UsageError(f"--preset: found {name!r}, needed one of {', '.join(PRESETS)}. Fix: pick one of them")
-        return PRESETS[name]
+        for flag, value, choices in (("--preset", name, PRESETS), ("--bits", bits, BIT_WIDTHS)):
+            if value not in choices:
+                raise UsageError(f"{flag}: found {value!r}, needed one of {', '.join(choices)}. Fix: pick one of them")
+        config = PRESETS[name]
+        weight_bits, activation_bits = BIT_WIDTHS[bits]
+        is_integer = all(isinstance(fmt, IntegerFormat) for fmt in config.weight_candidates)
+        of_bits = {8: "int8", 6: "int6"} if is_integer else {8: "e4m3", 6: "e2m3"}
+        return config.replace(
+            weights=of_bits.get(weight_bits, config.weights),
+            activations=of_bits.get(activation_bits, config.activations),
+        )
 
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("weights", "activations", "weight_granularity", "activation_granularity", "rotation"), (str,)),
     **dict.fromkeys(("format_granularity", "scale_rule"), (str,)),
-    **dict.fromkeys(("fold_value_rotation", "gptq", "act_order"), (bool,)),
+    **dict.fromkeys(("fold_value_rotation", "gptq", "act_order", "format_search"), (bool,)),
     **dict.fromkeys(("include", "exclude"), (tuple,)),
     "group_size": (int, type(None)),
     "keep_dtype": (str, type(None)),
     "alpha": (float, int),
-    "seed": (int,),
+    "smoothing": (float, int, type(None)),
+    **dict.fromkeys(("low_rank", "seed"), (int,)),
 }
 
 
@@ -212,9 +267,26 @@ def _parse_format(flag: str, value: object, word: str) -> None:
         ) from error
 
 
-#: hqdit is the paper: full rotation, format selection, GPTQ. minmax is the baseline without any of them.
+#: (weight bits, activation bits) of each bit width that a preset comes in.
+BIT_WIDTHS: dict[str, tuple[int, int]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A6": (4, 6), "W4A4": (4, 4)}
+
+_PAPER = QuantizationConfig()
+_NEAREST = QuantizationConfig(weights="int4", rotation="none", gptq=False)
+
+#: The methods, at W4A4. hqdit is the paper: full rotation, format selection, GPTQ; those named after it lack one part
+#: or differ in one. The others are what it is compared with; docs/method.md has the source of each.
 PRESETS: dict[str, QuantizationConfig] = {
-    "hqdit": QuantizationConfig(),
-    "minmax": QuantizationConfig(weights="e2m1", rotation="none", gptq=False),
+    "hqdit": _PAPER,
+    "minmax": _NEAREST.replace(weights="e2m1"),
+    "minmax-int4": _NEAREST,
+    "smoothquant": _NEAREST.replace(smoothing=0.5),
+    "fpq": _NEAREST.replace(weights="fp4", activations="fp4", activation_granularity="channel", format_search=True),
+    "gptq": _NEAREST.replace(gptq=True),
+    "quarot": _PAPER.replace(weights="int4"),
+    "svdquant": _NEAREST.replace(smoothing=0.5, low_rank=32),
+    "hqdit-no-rotation": _PAPER.replace(rotation="none"),
+    "hqdit-fixed-format": _PAPER.replace(weights="e2m1"),
+    "hqdit-no-gptq": _PAPER.replace(gptq=False),
+    "hqdit-channel": _PAPER.replace(activation_granularity="channel"),
 }
 DEFAULT_PRESET = "hqdit"

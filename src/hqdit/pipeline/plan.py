@@ -8,10 +8,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from hqdit.errors import UsageError
-from hqdit.formats.catalog import format_from_json
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import LinearSite, adapter_for
-from hqdit.pipeline.config import SAME_AS_WEIGHTS, SELECT_FP4, QuantizationConfig
+from hqdit.pipeline.config import SELECT_FP4, QuantizationConfig
 from hqdit.quantizers.spec import ActivationSpec, LinearSpec, WeightSpec, require_group_size
 from hqdit.transforms.rotation import RotationSpec, plan_rotation
 
@@ -26,6 +25,7 @@ class PlannedLayer:
         out_features: number of output channels.
         rotation: what its input is rotated by.
         format_policy: for people, as in "fp4 (e3m0, e2m1 or e1m2 per layer)".
+        smoothing: where the factors of its input will be applied, one of `quantizers.spec.SMOOTHING_PLACES`.
     """
 
     site: LinearSite
@@ -33,6 +33,7 @@ class PlannedLayer:
     out_features: int
     rotation: RotationSpec
     format_policy: str
+    smoothing: str = "none"
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,24 @@ def _policy(config: QuantizationConfig) -> str:
     else:
         names = " or ".join(fmt.name for fmt in config.weight_candidates)
         weights = f"fp4 ({names} per {'layer' if config.format_granularity == 'layer' else 'output channel'})"
-    return f"{weights}; input {config.activations}"
+    parts = [weights, f"input {config.activations}"]
+    parts += ["searched"] if config.format_search else []
+    parts += [f"smoothed by alpha {config.smoothing:g}"] if config.smoothing is not None else []
+    parts += [f"16-bit branch of rank {config.low_rank}"] if config.low_rank else []
+    return "; ".join(parts)
 
 
-def _draft(name: str, linear: nn.Linear, rotation: RotationSpec, config: QuantizationConfig) -> LinearSpec:
-    """The layer's specification with the first candidate format, which finds every fault that needs no data."""
-    fmt = config.weight_candidates[0]
-    given = config.activations if config.activations != SAME_AS_WEIGHTS else fmt.to_json()
+def _smoothing_place(site: LinearSite, modulated: list[str], config: QuantizationConfig) -> str:
+    """Folded where a layer before this one can absorb the factors of its input, else applied by the layer itself."""
+    if config.smoothing is None:
+        return "none"
+    return "folded" if site.input_group in modulated or site.value_site is not None else "applied"
+
+
+def _draft(
+    name: str, linear: nn.Linear, rotation: RotationSpec, smoothing: str, config: QuantizationConfig
+) -> LinearSpec:
+    """The layer's specification with the first candidate formats, which finds every fault that needs no data."""
     weight_groups, activation_groups = (
         config.group_size if granularity == "group" else None
         for granularity in (config.weight_granularity, config.activation_granularity)
@@ -77,8 +89,8 @@ def _draft(name: str, linear: nn.Linear, rotation: RotationSpec, config: Quantiz
         name,
         linear.in_features,
         linear.out_features,
-        WeightSpec((fmt,), config.weight_granularity, weight_groups),
-        ActivationSpec(format_from_json(given), config.activation_granularity, activation_groups),
+        WeightSpec(config.weight_candidates[:1], config.weight_granularity, weight_groups, config.low_rank),
+        ActivationSpec(config.activation_candidates[0], config.activation_granularity, activation_groups, smoothing),
         rotation,
     )
 
@@ -88,7 +100,7 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
 
     Raises:
         UsageError: a pattern that matches nothing, nothing left to quantize, a layer that is quantized already, or a
-            block or group size that does not divide a width.
+            block or group size that does not divide a width, or a rank that a layer cannot have.
         NumericsError: a width without a Hadamard matrix; the message names the layer and the blocks that would work.
     """
     adapter = adapter_for(model)
@@ -102,6 +114,7 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
             "--exclude: found patterns that leave no layer, needed at least one. Fix: exclude fewer layers"
         )
     layers = []
+    modulated = adapter.modulated_groups(model)
     for site in sites:
         if site.name not in chosen:
             continue
@@ -115,7 +128,8 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
         rotation = plan_rotation(config.rotation, linear.in_features, site.name, site.head_dim if folds else None)
         if config.group_size is not None:
             require_group_size(config.group_size, linear.in_features, f"--group-size for {site.name}")
-        _draft(site.name, linear, rotation, config)
-        layers.append(PlannedLayer(site, linear.in_features, linear.out_features, rotation, _policy(config)))
+        smoothing = _smoothing_place(site, modulated, config)
+        _draft(site.name, linear, rotation, smoothing, config)
+        layers.append(PlannedLayer(site, linear.in_features, linear.out_features, rotation, _policy(config), smoothing))
     skipped = {name: "excluded by name" for name in names if name not in chosen}
     return QuantizationPlan(tuple(layers), skipped | adapter.kept_layers(model))

@@ -106,12 +106,17 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def publish_text(out: Path, text: str) -> None:
-    """Write a text file so that it is either the old one or the whole new one."""
+    """`publish_bytes` of UTF-8 text."""
+    publish_bytes(out, text.encode("utf-8"))
+
+
+def publish_bytes(out: Path, content: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one."""
     target = out.expanduser().resolve()
     created = _make_parents(target.parent)
     staged = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     try:
-        staged.write_text(text, encoding="utf-8")
+        staged.write_bytes(content)
         _flush(staged)
         os.replace(staged, target)
         _flush(target.parent)

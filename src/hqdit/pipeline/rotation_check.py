@@ -41,6 +41,17 @@ def weight_to_rotate(
     return weight, bias
 
 
+def probe_inputs(model: nn.Module, seed: int, stream: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`PROBES` random latents, time steps and classes on the model's device, from the random stream of that name."""
+    adapter = adapter_for(model)
+    device = next(model.parameters()).device
+    random = random_stream(seed, stream)
+    latents = torch.from_numpy(random.standard_normal((PROBES, *adapter.latent_shape(model)), dtype="float32"))
+    timesteps = torch.from_numpy(random.integers(0, adapter.train_timesteps(model), PROBES))
+    classes = torch.from_numpy(random.integers(0, adapter.num_classes(model), PROBES))
+    return latents.to(device), timesteps.to(device), classes.to(device)
+
+
 @torch.no_grad()
 def rotation_error(model: nn.Module, plan: QuantizationPlan, seed: int) -> float:
     """Relative change of the predicted noise when every planned layer runs rotated but unquantized.
@@ -49,11 +60,7 @@ def rotation_error(model: nn.Module, plan: QuantizationPlan, seed: int) -> float
     """
     adapter = adapter_for(model)
     device = next(model.parameters()).device
-    stream = random_stream(seed, "rotation check")
-    latents = torch.from_numpy(stream.standard_normal((PROBES, *adapter.latent_shape(model)), dtype="float32"))
-    timesteps = torch.from_numpy(stream.integers(0, adapter.train_timesteps(model), PROBES))
-    classes = torch.from_numpy(stream.integers(0, adapter.num_classes(model), PROBES))
-    inputs = (latents.to(device), timesteps.to(device), classes.to(device))
+    inputs = probe_inputs(model, seed, "rotation check")
     exact = adapter.predict_noise(model, *inputs)
 
     def rotated(layer: PlannedLayer) -> Callable[..., Tensor]:

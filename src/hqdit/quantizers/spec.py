@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ WEIGHT_GRANULARITIES = ("tensor", "channel", "group")
 ACTIVATION_GRANULARITIES = ("token", "group", "tensor", "channel", "channel-token")
 #: Those whose scales come from calibration data.
 STATIC_GRANULARITIES = ("tensor", "channel", "channel-token")
+
+#: Where the factors that smooth a layer's input are applied: nowhere, by the layers before it, or by the layer.
+SMOOTHING_PLACES = ("none", "folded", "applied")
 
 INT32_MAX = 2**31 - 1
 
@@ -44,11 +48,13 @@ class WeightSpec:
         formats: one format, or several where each output channel chose its own (the layer then holds an index).
         granularity: one of `WEIGHT_GRANULARITIES`.
         group_size: input channels that share a scale; None unless the granularity is group.
+        low_rank: rank of the 16-bit branch beside the codes, which then stand for what the branch leaves; 0 for none.
     """
 
     formats: tuple[NumberFormat, ...]
     granularity: str = "channel"
     group_size: int | None = None
+    low_rank: int = 0
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Shape of the scales: (1, 1), (out_features, 1) or (out_features, groups)."""
@@ -59,11 +65,12 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Input of one layer; see `ACTIVATION_GRANULARITIES`."""
+    """Input of one layer; see `ACTIVATION_GRANULARITIES` and `SMOOTHING_PLACES`."""
 
     format: NumberFormat
     granularity: str = "token"
     group_size: int | None = None
+    smoothing: str = "none"
 
     @property
     def has_channel_scale(self) -> bool:
@@ -107,6 +114,12 @@ class LinearSpec:
                 f"{self.name}: found activation granularity {self.activation.granularity!r}, needed one of "
                 f"{', '.join(ACTIVATION_GRANULARITIES)}. Fix: pick one of them"
             )
+        if self.activation.smoothing not in SMOOTHING_PLACES:
+            raise UsageError(
+                f"{self.name}: found smoothing {self.activation.smoothing!r}, needed one of "
+                f"{', '.join(SMOOTHING_PLACES)}. Fix: pick one of them"
+            )
+        self._require_rank()
         for side in (self.weight, self.activation):
             if side.granularity == "group":
                 require_group_size(side.group_size, self.in_features, self.name)
@@ -154,6 +167,19 @@ class LinearSpec:
                 "Fix: --exclude this layer"
             )
 
+    def _require_rank(self) -> None:
+        rank, largest = self.weight.low_rank, min(self.in_features, self.out_features)
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= largest:
+            raise UsageError(
+                f"{self.name}: found a low-rank branch of rank {rank} on {self.in_features} -> {self.out_features} "
+                f"channels, needed at most {largest}. Fix: choose a smaller --low-rank, or --exclude this layer"
+            )
+        if rank and self.rotation.is_folded:
+            raise UsageError(
+                f"{self.name}: found a low-rank branch behind a rotation that is folded into the value projection, "
+                "needed the unrotated input. Fix: use --no-fold-value-rotation"
+            )
+
     @property
     def is_int8(self) -> bool:
         """Whether the product runs as an exact int8 product; otherwise it runs dequantized in float32."""
@@ -177,6 +203,10 @@ class LinearSpec:
         for side, spec in ((weight, self.weight), (activation, self.activation)):
             if spec.group_size is not None:
                 side["group_size"] = spec.group_size
+        if self.weight.low_rank:
+            weight["low_rank"] = self.weight.low_rank
+        if self.activation.smoothing != "none":
+            activation["smoothing"] = self.activation.smoothing
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -205,15 +235,20 @@ class LinearSpec:
                     tuple(format_from_json(fmt) for fmt in weight["formats"]),
                     weight["granularity"],
                     weight.get("group_size"),
+                    weight.get("low_rank", 0),
                 ),
                 ActivationSpec(
-                    format_from_json(activation["format"]), activation["granularity"], activation.get("group_size")
+                    format_from_json(activation["format"]),
+                    activation["granularity"],
+                    activation.get("group_size"),
+                    activation.get("smoothing", "none"),
                 ),
                 RotationSpec.from_json(rotation, int(value["in_features"])),
             )
             if not spec.rotation.is_identity and rotation["factors"] != spec.rotation.describe():
                 raise UsageError(f"found rotation {rotation['factors']!r}, needed {spec.rotation.describe()!r}")
-            if spec.to_json() != value:  # an unknown key, or a value that says something else than the rest
+            # An unknown key, or a value that says something else than the rest; as text, because true equals 1.
+            if json.dumps(spec.to_json(), sort_keys=True) != json.dumps(value, sort_keys=True):
                 raise UsageError(f"needed exactly {spec.to_json()!r}")
             return spec
         except (KeyError, TypeError, ValueError, HQDiTError) as error:

@@ -1,0 +1,318 @@
+"""One input of the model, and the layers that read it: from float weights to quantized layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hqdit.calibration.capture import BlockStream, InputConsumer
+from hqdit.formats.catalog import format_from_json
+from hqdit.formats.number_format import NumberFormat
+from hqdit.gptq.hessian import HessianAccumulator
+from hqdit.gptq.solver import gptq_quantize
+from hqdit.kernels.activation import quantize_activation
+from hqdit.layers.linear import HQLinear
+from hqdit.pipeline.config import SAME_AS_WEIGHTS, QuantizationConfig
+from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan
+from hqdit.pipeline.record import QuantizationRecord
+from hqdit.pipeline.rotation_check import signs_of, weight_to_rotate
+from hqdit.quantizers.exponent_search import channel_shifts, search_exponents
+from hqdit.quantizers.format_selection import range_statistic, select_format
+from hqdit.quantizers.low_rank import BRANCH_DTYPE, low_rank_factors
+from hqdit.quantizers.quantized_tensor import QuantizedTensor, round_to_nearest, weight_scales
+from hqdit.quantizers.scaling import MIN_SCALE
+from hqdit.quantizers.spec import STATIC_GRANULARITIES, ActivationSpec, LinearSpec, WeightSpec
+from hqdit.randomness import random_stream
+from hqdit.transforms.rotation import rotate, rotate_online
+
+#: Calibration tokens that the exponent search looks at.
+SEARCH_TOKENS = 256
+
+
+@dataclass
+class _Layer:
+    """A layer on its way.
+
+    Attributes:
+        planned: what was planned for it.
+        weight: float64, what is still to be quantized: smoothed, less its branch, rotated, scaled, in this order.
+        bias: float64 or None.
+        branch: (low_rank_down, low_rank_up) or None.
+        scale: float32 (out_features, 1) where a search has found it.
+    """
+
+    planned: PlannedLayer
+    weight: Tensor
+    bias: Tensor | None
+    branch: tuple[Tensor, Tensor] | None
+    scale: Tensor | None = None
+
+
+class _Choice(NamedTuple):
+    """What was decided for the input, and by a search for the weights too.
+
+    Attributes:
+        activation: format and granularity of the input.
+        channel_scale: float32 (in_features,) where the granularity has one.
+        static_scale: float32 (1,) likewise.
+        weight_format: of all weights; None where each layer chooses its own.
+        search_error: squared error of the output that the search ended with, relative to the output's power.
+    """
+
+    activation: ActivationSpec
+    channel_scale: Tensor | None = None
+    static_scale: Tensor | None = None
+    weight_format: NumberFormat | None = None
+    search_error: float | None = None
+
+
+class InputGroup:
+    """The layers that share one input: one smoothing, one rotation, one activation format, one Hessian.
+
+    Args:
+        model: changed in place by `quantize`.
+        plan: of the whole model, because a later rotation may be folded into a layer of this group.
+        layers: the planned layers of this group.
+        config: the request.
+        stream: calibration inputs, or None if the request needs none.
+        input_scale: 1 / s of the smoothing, float32 (in_features,), or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: QuantizationPlan,
+        layers: list[PlannedLayer],
+        config: QuantizationConfig,
+        stream: BlockStream | None,
+        input_scale: Tensor | None,
+    ) -> None:
+        self._model, self._config, self._stream = model, config, stream
+        self._first = layers[0]
+        self._device = model.get_submodule(self._first.site.name).get_parameter("weight").device
+        signs = signs_of(self._first, config.seed)
+        self._signs = None if signs is None else signs.to(self._device)
+        self._input_scale = input_scale
+        # Where earlier layers have absorbed the factors, inputs and weights are smoothed already.
+        self._applied_scale = input_scale if self._first.smoothing == "applied" else None
+        self._layers = [self._prepared(layer, plan) for layer in layers]
+
+    def quantize(self, record: QuantizationRecord) -> None:
+        """Replace the group's layers by quantized ones and note in `record` what happened."""
+        choice = self._search() if self._config.format_search else self._choose()
+        hessian = self._hessian(choice) if self._config.gptq else None
+        for layer in self._layers:
+            self._replace(layer, choice, hessian, record)
+
+    def _prepared(self, layer: PlannedLayer, plan: QuantizationPlan) -> _Layer:
+        linear = self._model.get_submodule(layer.site.name)
+        assert isinstance(linear, nn.Linear)  # the plan holds nothing else
+        weight, bias = weight_to_rotate(layer, plan, linear, self._config.seed)
+        if self._applied_scale is not None:
+            weight = weight / self._applied_scale
+        branch = None
+        if self._config.low_rank:
+            branch, weight = _split_off_branch(weight, self._config.low_rank, self._applied_scale)
+        return _Layer(layer, rotate(weight, layer.rotation, self._signs), bias, branch)
+
+    def _prepared_input(self, x: Tensor) -> Tensor:
+        """Smoothed and rotated, float32 (tokens, in_features)."""
+        x = x.to(torch.float32)
+        if self._applied_scale is not None:
+            x = x * self._applied_scale
+        return rotate_online(x, self._first.rotation, self._signs)
+
+    def _choose(self) -> _Choice:
+        """Format by statistic or request, static scales from the largest magnitudes; weights get the folded scales."""
+        config = self._config
+        largest = None
+        if config.activation_granularity in STATIC_GRANULARITIES:
+            is_signed = config.activations == SAME_AS_WEIGHTS or format_from_json(config.activations).is_signed
+            largest = self._channel_absmax(is_signed)
+            if config.activation_granularity != "tensor":
+                # Folding needs the channels' proportions only; the format's largest level is divided out below.
+                for layer in self._layers:
+                    layer.weight = layer.weight * largest
+        activation = self._activation_spec()
+        if largest is None:
+            return _Choice(activation)
+        top = activation.format.max_level
+        if activation.has_static_scale:
+            static_scale = (largest.max() / top).clamp_min(MIN_SCALE).to(torch.float32).reshape(1)
+            return _Choice(activation, static_scale=static_scale)
+        for layer in self._layers:
+            layer.weight = layer.weight / top
+        return _Choice(activation, channel_scale=(largest / top).to(torch.float32))
+
+    def _search(self) -> _Choice:
+        """Formats and scales of both sides by the exponent search; weights get the input's scales.
+
+        Layers that read one input are searched as one weight.
+        """
+        shifts = channel_shifts(self._channel_absmax(is_signed=True))
+        stacked = torch.cat([layer.weight for layer in self._layers]) / shifts
+        found = search_exponents(
+            self._token_sample() * shifts,
+            stacked.to(torch.float32),
+            self._config.weight_candidates,  # type: ignore[arg-type]
+            self._config.activation_candidates,  # type: ignore[arg-type]
+        )
+        channel_scale = found.activation_scale / shifts
+        sizes = [layer.planned.out_features for layer in self._layers]
+        for layer, scale in zip(self._layers, torch.split(found.weight_scale, sizes), strict=True):
+            layer.weight = layer.weight * channel_scale
+            layer.scale = (scale * found.activation_scale).clamp_min(MIN_SCALE).unsqueeze(1)
+        activation = ActivationSpec(found.activation_format, "channel", None, self._first.smoothing)
+        return _Choice(activation, channel_scale, None, found.weight_format, found.error)
+
+    def _capture(self, consume: InputConsumer, what: str) -> None:
+        assert self._stream is not None  # needs_calibration made sure of it
+        self._stream.capture(
+            self._first.site, lambda x: consume(self._prepared_input(x)), f"{what} of {self._first.site.input_group}"
+        )
+
+    def _channel_absmax(self, is_signed: bool) -> Tensor:
+        """Largest magnitude of every rotated channel over the calibration data, float64, never zero.
+
+        For a one-sided format only positive numbers count, as in `quantizers.scaling.absmax`.
+        """
+        largest = torch.zeros(self._first.in_features, dtype=torch.float64, device=self._device)
+
+        def collect(x: Tensor) -> None:
+            batch = (x.abs() if is_signed else x.clamp_min(0)).amax(dim=0).to(torch.float64)
+            torch.maximum(largest, batch, out=largest)
+
+        self._capture(collect, "scales")
+        # A silent channel gets the mean of the others: it may speak at other time steps.
+        live = largest > 0
+        return torch.where(live, largest, largest[live].mean() if bool(live.any()) else torch.ones_like(largest))
+
+    def _token_sample(self) -> Tensor:
+        """`SEARCH_TOKENS` inputs, or all if there are fewer, drawn evenly: float32 (tokens, in_features)."""
+        stream = random_stream(self._config.seed, f"search tokens/{self._first.site.input_group}")
+        tokens = torch.empty(0, self._first.in_features, device=self._device)
+        keys = torch.empty(0, dtype=torch.float64)
+
+        def collect(x: Tensor) -> None:
+            nonlocal tokens, keys
+            # Those with the smallest random keys are a sample without replacement, whatever the batches are.
+            together = torch.cat([keys, torch.from_numpy(stream.random(len(x)))])
+            chosen = together.argsort(stable=True)[:SEARCH_TOKENS]
+            tokens, keys = torch.cat([tokens, x])[chosen.to(self._device)], together[chosen]
+
+        self._capture(collect, "search tokens")
+        return tokens
+
+    def _hessian(self, choice: _Choice) -> Tensor:
+        accumulator = HessianAccumulator(self._first.in_features, self._device)
+
+        def accumulate(x: Tensor) -> None:
+            scaled = x if choice.channel_scale is None else x / choice.channel_scale
+            accumulator.add(quantize_activation(scaled, choice.activation, choice.static_scale).dequantize())
+
+        self._capture(accumulate, "Hessian")
+        return accumulator.hessian
+
+    def _activation_spec(self) -> ActivationSpec:
+        """Format of the shared input: as asked, or the one that all the layers reading it would choose together."""
+        config = self._config
+        fmt = config.activation_candidates[0]
+        if len(config.activation_candidates) > 1:
+            together = torch.cat([layer.weight.reshape(1, -1) for layer in self._layers], dim=1)
+            statistic = range_statistic(together, config.alpha)[0]
+            fmt = select_format(statistic, config.activation_candidates)  # type: ignore[arg-type]
+        group_size = config.group_size if config.activation_granularity == "group" else None
+        return ActivationSpec(fmt, config.activation_granularity, group_size, self._first.smoothing)
+
+    def _replace(self, layer: _Layer, choice: _Choice, hessian: Tensor | None, record: QuantizationRecord) -> None:
+        """Quantize one layer, put it in the place of the float one, and note what happened."""
+        site, planned = layer.planned.site, layer.planned
+        weight_spec, format_index, facts = _weight_spec(layer.weight, self._config, choice.weight_format)
+        spec = LinearSpec(
+            site.name, planned.in_features, planned.out_features, weight_spec, choice.activation, planned.rotation
+        )
+        source = self._model.get_submodule(site.name).get_parameter("weight")
+        zeros = {
+            "zero_output_channels": int((source == 0).all(dim=1).sum()),
+            "zero_input_channels": int((source == 0).all(dim=0).sum()),
+        }
+        quantized, outcome = _quantize_weight(layer, hessian, spec, format_index, self._config)
+        replacement = HQLinear.from_quantized(
+            spec,
+            quantized,
+            None if layer.bias is None else layer.bias.to(torch.float32),
+            self._signs,
+            choice.channel_scale,
+            choice.static_scale,
+            self._input_scale,
+            layer.branch,
+        )
+        self._model.set_submodule(site.name, replacement.eval())
+        entry = {"role": site.role, **facts, **zeros, **outcome, "arithmetic": spec.arithmetic}
+        if choice.search_error is not None:
+            entry["search_error"] = choice.search_error
+        if planned.smoothing != "none":
+            entry["smoothing"] = planned.smoothing
+        record.layers[site.name] = entry
+
+
+def _split_off_branch(weight: Tensor, rank: int, applied_scale: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The stored branch of a smoothed weight, and what it leaves, float64.
+
+    Factors that the layer applies itself come after the branch, which reads the plain input: down holds them.
+    """
+    down, up = low_rank_factors(weight, rank)
+    factors = torch.ones(weight.shape[1], device=weight.device) if applied_scale is None else applied_scale
+    branch = (down * factors).to(BRANCH_DTYPE).contiguous(), up.to(BRANCH_DTYPE).contiguous()
+    # What storage rounds off is left to the codes.
+    return branch, weight - branch[1].to(torch.float64) @ (branch[0].to(torch.float64) / factors)
+
+
+def _weight_spec(
+    weight: Tensor, config: QuantizationConfig, found: NumberFormat | None
+) -> tuple[WeightSpec, Tensor | None, dict[str, Any]]:
+    """Format(s), index per output channel, and the statistic for the record.
+
+    Args:
+        weight: (out_features, in_features), rotated and scaled.
+        config: the request.
+        found: the format that a search has found, or None.
+    """
+    candidates = config.weight_candidates
+    group_size = config.group_size if config.weight_granularity == "group" else None
+    if config.format_granularity == "channel":
+        statistics = range_statistic(weight, config.alpha)
+        chosen = [candidates.index(select_format(s, candidates)) for s in statistics]  # type: ignore[arg-type]
+        index = torch.tensor(chosen, dtype=torch.uint8, device=weight.device)
+        counts = {fmt.name: chosen.count(position) for position, fmt in enumerate(candidates)}
+        facts = {"statistic": _finite(sorted(statistics)[len(statistics) // 2]), "formats_of_channels": counts}
+        return WeightSpec(candidates, config.weight_granularity, group_size, config.low_rank), index, facts
+    statistic = range_statistic(weight.reshape(1, -1), config.alpha)[0]
+    fmt = found or (
+        candidates[0] if len(candidates) == 1 else select_format(statistic, candidates)  # type: ignore[arg-type]
+    )
+    spec = WeightSpec((fmt,), config.weight_granularity, group_size, config.low_rank)
+    return spec, None, {"statistic": _finite(statistic)}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: a statistic over a zero quantile is recorded as null."""
+    return value if math.isfinite(value) else None
+
+
+def _quantize_weight(
+    layer: _Layer, hessian: Tensor | None, spec: LinearSpec, format_index: Tensor | None, config: QuantizationConfig
+) -> tuple[QuantizedTensor, dict[str, Any]]:
+    """Scales, then GPTQ or round-to-nearest."""
+    weight = layer.weight.to(torch.float32)
+    scale = layer.scale
+    if scale is None:
+        scale = weight_scales(weight, spec.weight, format_index, config.scale_rule)
+    if hessian is None:
+        return round_to_nearest(weight, scale, spec.weight, format_index), {"method": "nearest"}
+    quantized, outcome = gptq_quantize(weight, hessian, scale, spec.weight, format_index, config.act_order, spec.name)
+    return quantized, {"method": "gptq", **asdict(outcome)}

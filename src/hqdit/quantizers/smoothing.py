@@ -1,0 +1,41 @@
+"""Static scales that move outliers of a layer's input into its weight.
+
+With x' = x / s and W' = W diag(s) the product stays, x' W'^T = x W^T, and s decides how the range of each input
+channel is divided between the two operands.
+
+Source: SmoothQuant (arXiv 2211.10438), section 4, equation 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hqdit.errors import NumericsError
+
+
+def smoothing_factors(activation_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
+    """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha) for every input channel j.
+
+    A channel that is silent in the calibration data, or that no weight reads, has no range to divide: its factor is 1.
+
+    Args:
+        activation_absmax: (in_features,), the largest magnitude of every input channel over calibration data.
+        weight_absmax: (in_features,), the largest magnitude of every column of the weights that read the input.
+        alpha: migration strength, from 0 (weights get the easy part) to 1 (activations do).
+
+    Returns:
+        float64 (in_features,), positive and finite.
+
+    Raises:
+        NumericsError: a magnitude is not finite.
+    """
+    largest, columns = activation_absmax.to(torch.float64), weight_absmax.to(torch.float64)
+    if not bool(torch.isfinite(largest).all() and torch.isfinite(columns).all()):
+        raise NumericsError(
+            "smoothing: found NaN or infinity in calibration inputs or weights, needed finite numbers. "
+            "Fix: check the calibration data and the float model"
+        )
+    is_live = (largest > 0) & (columns > 0)
+    factors = largest.pow(alpha) / columns.pow(1 - alpha)
+    return torch.where(is_live, factors, 1.0)
