@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hqdit.errors import NumericsError, UsageError
+from hqdit.report.cells import visible_text
 from hqdit.report.tables import (
     TEXT_COLUMNS,
     DemoRow,
@@ -18,7 +19,6 @@ from hqdit.report.tables import (
     render_markdown_table,
     render_text_table,
     table_remarks,
-    visible_text,
 )
 
 EXTRACTOR = "digits-cnn-v1"
@@ -44,7 +44,7 @@ def test_minus_infinity_is_not_exact() -> None:
 
 def test_every_measured_number_has_a_column_with_an_explanation() -> None:
     assert len(columns(EXTRACTOR)) == len(dataclasses.fields(DemoRow))
-    assert all(len(column.meaning) > 40 for column in columns(EXTRACTOR))
+    assert all(len(column.column.meaning) > 40 for column in columns(EXTRACTOR))
 
 
 @pytest.mark.parametrize("render", [render_text_table, render_markdown_table])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,7 @@ from hqdit.cli.options import (
 
 if TYPE_CHECKING:
     from hqdit.evaluation.demo import MethodResult
+    from hqdit.records.run_record import ImageGrid
     from hqdit.report.tables import DemoRow
 
 #: Samples per model and method that are drawn in the report.
@@ -62,8 +63,9 @@ def demo(
         from hqdit.pipeline.config import PRESETS
         from hqdit.pipeline.environment import describe_environment
         from hqdit.pipeline.publish import publish_folder, require_free
-        from hqdit.report.document import render_demo_report
+        from hqdit.report.demo import demo_record
         from hqdit.report.figures import titled_grids
+        from hqdit.report.page import render_report
         from hqdit.report.tables import render_text_table
         from hqdit.sampling.sampler import SamplingConfig
 
@@ -95,26 +97,31 @@ def demo(
                 for number, (label, model) in enumerate(models.items())
             }
             rows = [_row(label, result) for label, methods in results.items() for result in methods]
-            facts = {
+            plain_results = {label: [r.to_json() for r in methods] for label, methods in results.items()}
+            settings = {
                 "model": "digits: DiT, 6 blocks of width 144, 16 tokens, trained on scikit-learn's handwritten digits",
                 "samples": f"{num} a row, {steps} steps, guidance {guidance:g}, seed {seed}",
                 "calibration": f"{calibration_samples} tuples from the model's own sampler",
                 "outliers": f"{DEFAULT_SHARE:.0%} of the modulated channels times {OUTLIER_FACTOR:g}, function kept",
-                **{name: str(value) for name, value in environment.items() if value is not None},
-                "backend": options.backend,
-                "duration": f"{time.perf_counter() - start:.0f} s",
             }
-            notes = [
-                "float32 rows of both models compute the same function; small differences are rounding.",
-                f"The features of {extractor} come from a small classifier trained on the same digits.",
-            ]
-            grids = _grids(results)
-            report = render_demo_report(rows, grids, _figures(results), facts, extractor=extractor, notes=notes)
-            (staged / "samples.png").write_bytes(titled_grids([(title, png) for title, _, png in grids]))
+            images = _write_grids(results, staged)
+            page = demo_record(
+                rows,
+                plain_results,
+                images,
+                extractor,
+                settings,
+                {**environment, "backend": options.backend},
+                time.perf_counter() - start,
+            )
+            (staged / "samples.png").write_bytes(
+                titled_grids([(image.title, (staged / image.file).read_bytes()) for image in images])
+            )
+            report = render_report([(staged, page)], "hqdit demo")
             (staged / "report.html").write_text(report, encoding="utf-8")
             record = {
                 "rows": [row.to_json() for row in rows],
-                "results": {label: [result.to_json() for result in methods] for label, methods in results.items()},
+                "results": plain_results,
                 "extractor": extractor,
                 "steps": steps,
                 "guidance": guidance,
@@ -151,36 +158,22 @@ def _row(label: str, result: MethodResult) -> DemoRow:
     )
 
 
-def _grids(results: dict[str, list[MethodResult]]) -> list[tuple[str, str, bytes]]:
+def _write_grids(results: dict[str, list[MethodResult]], folder: Path) -> list[ImageGrid]:
+    """Write the first samples of every model and method to `folder`/images."""
+    from hqdit.records.run_record import ImageGrid
     from hqdit.report.figures import image_grid
     from hqdit.sampling.sampler import to_uint8
 
-    return [
-        (
-            f"{label}: {result.method}",
-            f"the first {min(GRID_IMAGES, len(result.images))} samples, classes 0 to 9 from left to right",
-            image_grid(to_uint8(result.images[:GRID_IMAGES]).numpy(), columns=GRID_COLUMNS),
-        )
-        for label, methods in results.items()
-        for result in methods
-    ]
-
-
-def _figures(results: dict[str, list[MethodResult]]) -> list[tuple[str, str, bytes, str]]:
-    from hqdit.report.figures import eps_sqnr_figure, layer_sqnr_figure
-
-    figures = []
-    for label, methods in results.items():
-        quantized = [result for result in methods if result.layer_sqnr_db]
-        layers: dict[str, Any] = {result.method: dict(result.layer_sqnr_db or {}) for result in quantized}
-        steps: dict[str, Any] = {result.method: list(result.eps_by_timestep) for result in quantized}
-        figures += [
-            (f"{label}: layers", "output SQNR of every layer alone", layer_sqnr_figure(layers, "svg"), "image/svg+xml"),
-            (
-                f"{label}: time steps",
-                "SQNR of the guided noise prediction",
-                eps_sqnr_figure(steps, "svg"),
-                "image/svg+xml",
-            ),
-        ]
-    return figures
+    (folder / "images").mkdir()
+    grids = []
+    for number, (label, methods) in enumerate(results.items()):
+        for result in methods:
+            shown = result.images[:GRID_IMAGES]
+            grid = ImageGrid(
+                f"{label}: {result.method}",
+                f"images/model{number}_{result.method}.png",
+                f"the first {len(shown)} samples, classes 0 to 9 from left to right",
+            )
+            (folder / grid.file).write_bytes(image_grid(to_uint8(shown).numpy(), columns=GRID_COLUMNS))
+            grids.append(grid)
+    return grids

@@ -78,10 +78,17 @@ class Series:
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
 
+    def __post_init__(self) -> None:
+        for bound in (self.low, self.high):
+            _require_length(f"series {self.name!r}", "bounds", len(bound), len(self.y) if bound else 0)
+
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines over a number axis. The labels name the unit; scales are "linear" or "log"."""
+    """Lines over a number axis, which runs from right to left if all `x` descend, as time steps do.
+
+    The labels name the unit; scales are "linear" or "log".
+    """
 
     title: str
     x_label: str
@@ -90,6 +97,10 @@ class Lines:
     caption: str = ""
     x_scale: str = "linear"
     y_scale: str = "linear"
+
+    def __post_init__(self) -> None:
+        for series in self.series:
+            _require_length(f"figure {self.title!r}, series {series.name!r}", "y", len(series.y), len(series.x))
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,11 @@ class Bars:
     y_label: str
     series: tuple[Series, ...]
     caption: str = ""
+
+    def __post_init__(self) -> None:
+        for series in self.series:
+            where = f"figure {self.title!r}, series {series.name!r}"
+            _require_length(where, "y", len(series.y), len(self.categories))
 
 
 @dataclass(frozen=True)
@@ -114,10 +130,15 @@ class Histogram:
     caption: str = ""
     y_scale: str = "log"
 
+    def __post_init__(self) -> None:
+        for series in self.series:
+            where = f"figure {self.title!r}, series {series.name!r}"
+            _require_length(where, "y", len(series.y), len(self.edges) - 1)
+
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A matrix of numbers (rows, columns) as colours; None is left blank."""
+    """A matrix of numbers (rows, columns) as colours; None is left blank. The labels of the axes may be empty."""
 
     title: str
     row_labels: tuple[str, ...]
@@ -125,6 +146,13 @@ class Heatmap:
     values: tuple[tuple[float | None, ...], ...]
     value_label: str
     caption: str = ""
+    x_label: str = ""
+    y_label: str = ""
+
+    def __post_init__(self) -> None:
+        _require_length(f"figure {self.title!r}", "rows of values", len(self.values), len(self.row_labels))
+        for label, row in zip(self.row_labels, self.values, strict=True):
+            _require_length(f"figure {self.title!r}, row {label!r}", "values", len(row), len(self.column_labels))
 
 
 @dataclass(frozen=True)
@@ -138,6 +166,9 @@ class FormatMap:
     row_labels: tuple[str, ...]
     shares: tuple[Mapping[str, float], ...]
     caption: str = ""
+
+    def __post_init__(self) -> None:
+        _require_length(f"figure {self.title!r}", "rows of shares", len(self.shares), len(self.row_labels))
 
 
 @dataclass(frozen=True)
@@ -264,6 +295,11 @@ def read_run_records(path: Path) -> list[tuple[Path, RunRecord]]:
             raise CheckpointError(f"{file}: found no JSON object, needed the record of a run. Fix: run it again")
         records.append((folder, RunRecord.from_json(values, str(file))))
     return records
+
+
+def _require_length(where: str, what: str, found: int, needed: int) -> None:
+    if found != needed:
+        raise UsageError(f"{where}: found {found} {what}, needed {needed}. Fix: pass None for what was not measured")
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hqdit.report.tables import MISSING
+from hqdit.report.cells import MISSING
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
 

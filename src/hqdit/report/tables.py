@@ -1,6 +1,6 @@
 """Rows of the demo's table, and the table as plain text and as markdown.
 
-The columns are defined once, in `columns`; the HTML report uses the same definition.
+The columns are defined once, in `columns`; the demo's HTML page uses the same definition.
 """
 
 from __future__ import annotations
@@ -11,20 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from hqdit.errors import NumericsError, UsageError
+from hqdit.records.run_record import Cell, Column
+from hqdit.report.cells import DECIBEL, EXACT, MISSING, cell_text, header_text, visible_text
 
 #: A plain-text table is never wider than this many characters.
 TEXT_COLUMNS = 120
-#: Stands for a number that was not measured or does not apply.
-MISSING = "-"
-#: Stands for an infinite SQNR.
-EXACT = "exact"
 
 _GAP = "  "
 # A longer word in the header (an extractor's name) is broken; a text column is never narrower than the minimum.
 _LONGEST_HEADER_WORD = 20
 _NARROWEST_TEXT_COLUMN = 4
-# From here on a fixed number of decimals would make the columns wide and say nothing.
-_FIXED_POINT_LIMIT = 1e6
 
 _MARKDOWN_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _MARKDOWN_SPECIAL = "\\`*_[]|~$"
@@ -86,28 +82,35 @@ class DemoRow:
         record = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, entry in record.items():
             if isinstance(entry, float) and math.isinf(entry):
-                record[name] = _decibels(entry)
+                record[name] = EXACT if entry > 0 else f"{entry}"
         return record
 
 
 @dataclass(frozen=True)
-class Column:
+class DemoColumn:
     """One column of the demo's table.
 
     Attributes:
-        title: its header, with the unit.
-        meaning: what the numbers are, which direction is better and what they do not say, in plain words.
-        cell: the text of a row's cell.
+        column: title, unit, decimals, and what the numbers are, in plain words.
+        value: the cell of a row.
         is_text: whether the cells are words (aligned left, wrapped) and not numbers (aligned right, kept whole).
     """
 
-    title: str
-    meaning: str
-    cell: Callable[[DemoRow], str]
+    column: Column
+    value: Callable[[DemoRow], Cell]
     is_text: bool = False
 
+    @property
+    def title(self) -> str:
+        """The header, with the unit."""
+        return header_text(self.column)
 
-def columns(extractor: str) -> tuple[Column, ...]:
+    def cell(self, row: DemoRow) -> str:
+        """The text of a row's cell."""
+        return cell_text(self.value(row), self.column)
+
+
+def columns(extractor: str) -> tuple[DemoColumn, ...]:
     """The columns of the demo's table, left to right.
 
     Args:
@@ -123,71 +126,92 @@ def columns(extractor: str) -> tuple[Column, ...]:
         )
     extractor = visible_text(extractor)
     return (
-        Column(
-            "Model",
-            "The trained model. An outlier variant computes the same function in float32, but some of its activation"
-            " channels are c times larger, which makes it harder to quantize.",
-            lambda row: visible_text(row.model),
+        DemoColumn(
+            Column(
+                "Model",
+                meaning="The trained model. An outlier variant computes the same function in float32, but some of its"
+                " activation channels are c times larger, which makes it harder to quantize.",
+            ),
+            lambda row: row.model,
             is_text=True,
         ),
-        Column(
-            "Method",
-            "How the model was quantized. W4A4 means 4-bit weights and 4-bit activations; float32 is the model as it"
-            " was trained, the baseline of its rows.",
-            lambda row: visible_text(row.method),
+        DemoColumn(
+            Column(
+                "Method",
+                meaning="How the model was quantized. W4A4 means 4-bit weights and 4-bit activations; float32 is the"
+                " model as it was trained, the baseline of its rows.",
+            ),
+            lambda row: row.method,
             is_text=True,
         ),
-        Column(
-            "Bits per weight",
-            "Storage per quantized weight, scales included. Layers that stay in floating point are not counted here;"
-            " the file size counts them. Lower is smaller.",
-            lambda row: _fixed(row.bits_per_weight, 2),
+        DemoColumn(
+            Column(
+                "Bits per weight",
+                meaning="Storage per quantized weight, scales included. Layers that stay in floating point are not"
+                " counted here; the file size counts them. Lower is smaller.",
+            ),
+            lambda row: row.bits_per_weight,
         ),
-        Column(
-            "File size (bytes)",
-            "Size of the file that holds the model's tensors, with everything that was not quantized.",
-            lambda row: f"{row.file_bytes:,}",
+        DemoColumn(
+            Column(
+                "File size",
+                "bytes",
+                meaning="Size of the file that holds the model's tensors, with everything that was not quantized.",
+            ),
+            lambda row: row.file_bytes,
         ),
-        Column(
-            "Layer SQNR (dB)",
-            "Signal-to-quantization-noise ratio of the layer outputs, averaged over the quantized layers in dB."
-            " Higher is better: 10 dB more is a tenth of the error's power. A mean hides a single bad layer;"
-            " a figure by layer shows it.",
-            lambda row: _decibels(row.layer_sqnr_db),
+        DemoColumn(
+            Column(
+                "Layer SQNR",
+                DECIBEL,
+                meaning="Signal-to-quantization-noise ratio of the layer outputs, averaged over the quantized layers in"
+                " dB. Higher is better: 10 dB more is a tenth of the error's power. A mean hides a single bad layer;"
+                " a figure by layer shows it.",
+            ),
+            lambda row: row.layer_sqnr_db,
         ),
-        Column(
-            "Noise prediction SQNR, guided (dB)",
-            "The same ratio for what the sampler uses: the guided noise prediction, against the float32 model's on the"
-            " same inputs. Higher is better. It is measured step by step, so it does not show how errors add up over a"
-            " whole trajectory.",
-            lambda row: _decibels(row.eps_sqnr_db),
+        DemoColumn(
+            Column(
+                "Noise prediction SQNR, guided",
+                DECIBEL,
+                meaning="The same ratio for what the sampler uses: the guided noise prediction, against the float32"
+                " model's on the same inputs. Higher is better. It is measured step by step, so it does not show how"
+                " errors add up over a whole trajectory.",
+            ),
+            lambda row: row.eps_sqnr_db,
         ),
-        Column(
-            "Class accuracy (%)",
-            "Share of the samples in which a separately trained classifier sees the class that was asked for. Higher"
-            " is better. The classifier itself errs now and then, and it can recognise an image that looks wrong to"
-            " the eye.",
-            lambda row: f"{100 * row.class_accuracy:.1f}",
+        DemoColumn(
+            Column(
+                "Class accuracy",
+                "%",
+                1,
+                "Share of the samples in which a separately trained classifier sees the class that was asked for."
+                " Higher is better. The classifier itself errs now and then, and it can recognise an image that looks"
+                " wrong to the eye.",
+            ),
+            lambda row: 100 * row.class_accuracy,
         ),
-        Column(
-            f"Fréchet distance ({extractor})",
-            f"Distance between Gaussians fitted to the {extractor} features of the samples and of held-out real images."
-            " Lower is better. It is not FID: the features come from a small surrogate network, not from Inception.",
-            lambda row: _fixed(row.frechet, 3),
+        DemoColumn(
+            Column(
+                f"Fréchet distance ({extractor})",
+                "",
+                3,
+                f"Distance between Gaussians fitted to the {extractor} features of the samples and of held-out real"
+                " images. Lower is better. It is not FID: the features come from a small surrogate network, not from"
+                " Inception.",
+            ),
+            lambda row: row.frechet,
         ),
-        Column(
-            "Quantization time (s)",
-            "Wall-clock time to quantize the model on the machine named below, calibration included.",
-            lambda row: _fixed(row.seconds, 1),
+        DemoColumn(
+            Column(
+                "Quantization time",
+                "s",
+                1,
+                "Wall-clock time to quantize the model on the machine named below, calibration included.",
+            ),
+            lambda row: row.seconds,
         ),
     )
-
-
-def visible_text(text: str) -> str:
-    r"""`text` with every character that cannot be printed (controls, ANSI escapes, direction marks) as `\x1b`."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def render_text_table(rows: Sequence[DemoRow], extractor: str) -> str:
@@ -240,21 +264,11 @@ def table_remarks(rows: Sequence[DemoRow], extractor: str) -> list[str]:
     return remarks
 
 
-def _fixed(number: float | None, decimals: int) -> str:
-    if number is None:
-        return MISSING
-    return f"{number:.{decimals}f}" if abs(number) < _FIXED_POINT_LIMIT else f"{number:.4g}"
-
-
-def _decibels(number: float | None) -> str:
-    return EXACT if number == math.inf else _fixed(number, 2)
-
-
 def _wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_on_hyphens=False) or [""]
 
 
-def _widths(table: Sequence[Column], cells: Sequence[Sequence[str]]) -> list[int]:
+def _widths(table: Sequence[DemoColumn], cells: Sequence[Sequence[str]]) -> list[int]:
     """Numbers get what they need; the text columns share the rest, none more than it needs."""
     widths = []
     for index, column in enumerate(table):
@@ -270,7 +284,7 @@ def _widths(table: Sequence[Column], cells: Sequence[Sequence[str]]) -> list[int
     return widths
 
 
-def _text_row(cells: Sequence[str], table: Sequence[Column], widths: Sequence[int], at_bottom: bool) -> list[str]:
+def _text_row(cells: Sequence[str], table: Sequence[DemoColumn], widths: Sequence[int], at_bottom: bool) -> list[str]:
     """One row of the table, as many lines high as its highest cell."""
     wrapped = [_wrap(cell, width) for cell, width in zip(cells, widths, strict=True)]
     height = max(map(len, wrapped))
