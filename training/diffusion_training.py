@@ -37,8 +37,14 @@ SAVE_EVERY = 1000
 DrawBatch = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 
 
-def initialise(model: DiTTransformer2DModel) -> None:
-    """adaLN-zero: every block starts as the identity and the output at zero (DiT, arXiv 2212.09748, section 3.2)."""
+def initialise(model: DiTTransformer2DModel, embedding_std: float | None) -> None:
+    """adaLN-zero: every block starts as the identity and the output at zero (DiT, arXiv 2212.09748, section 3.2).
+
+    Args:
+        model: changed in place.
+        embedding_std: of class and time embedders; DiT's 0.02 makes the modulation depend on them late in a short
+            training, because Adam moves all weights at one pace. None: 1 for classes, Xavier for the time's layers.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(module.weight)
@@ -46,9 +52,11 @@ def initialise(model: DiTTransformer2DModel) -> None:
                 torch.nn.init.zeros_(module.bias)
     for block in model.transformer_blocks:
         torch.nn.init.zeros_(block.norm1.linear.weight)
-        torch.nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
-        torch.nn.init.normal_(block.norm1.emb.timestep_embedder.linear_1.weight, std=0.02)
-        torch.nn.init.normal_(block.norm1.emb.timestep_embedder.linear_2.weight, std=0.02)
+        embedders = block.norm1.emb
+        torch.nn.init.normal_(embedders.class_embedder.embedding_table.weight, std=embedding_std or 1.0)
+        if embedding_std is not None:
+            for layer in (embedders.timestep_embedder.linear_1, embedders.timestep_embedder.linear_2):
+                torch.nn.init.normal_(layer.weight, std=embedding_std)
     for head in (model.proj_out_1, model.proj_out_2):
         torch.nn.init.zeros_(head.weight)
 
@@ -59,6 +67,17 @@ def learning_rate(step: int, recipe: dict[str, Any]) -> float:
         return float(recipe["learning_rate"] * (step + 1) / warmup)
     progress = (step - warmup) / (total - warmup)
     return float(recipe["learning_rate"] * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))))
+
+
+def loss_weights(alphas_cumprod: Tensor, bounds: list[float] | None) -> Tensor:
+    """Weight of each time step's squared noise error: 1, or 1 / SNR within bounds.
+
+    The squared error of the noise is that of the clean image times SNR = alpha / (1 - alpha), so that equal weights
+    leave little for the noisy steps, where the shape of the whole image is decided (Hang et al., arXiv 2303.09556).
+    """
+    if bounds is None:
+        return torch.ones_like(alphas_cumprod)
+    return ((1 - alphas_cumprod) / alphas_cumprod).clamp(*bounds)
 
 
 def save(model: DiTTransformer2DModel, average: dict[str, Tensor], scheduler: DDIMScheduler, folder: Path) -> None:
@@ -80,7 +99,7 @@ def train(
 
     Args:
         recipe: steps, batch_size, learning_rate, warmup_steps, betas, weight_decay, gradient_norm, ema_decay,
-            label_dropout.
+            label_dropout, embedding_std for `initialise`, and optionally inverse_snr_bounds for `loss_weights`.
         architecture: arguments of `DiTTransformer2DModel`.
         draw: gives the batches.
         generator: of batches, labels, time steps and noise.
@@ -92,7 +111,7 @@ def train(
     # eval() for the whole training: in train() mode diffusers drops the class label independently in every
     # block, so that no block ever sees a consistent null branch. Labels are dropped below, once per sample.
     model.eval()
-    initialise(model)
+    initialise(model, recipe["embedding_std"])
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -100,6 +119,7 @@ def train(
         betas=tuple(recipe["betas"]),
         weight_decay=recipe["weight_decay"],
     )
+    weights = loss_weights(scheduler.alphas_cumprod, recipe.get("inverse_snr_bounds"))
     curve: list[dict[str, float]] = []
     running, start = 0.0, time.monotonic()
     for step in range(recipe["steps"]):
@@ -112,7 +132,8 @@ def train(
         noise = torch.randn(clean.shape, generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         predicted = model(noisy, timestep=timesteps, class_labels=classes).sample
-        loss = torch.nn.functional.mse_loss(predicted, noise)
+        error = torch.nn.functional.mse_loss(predicted, noise, reduction="none").flatten(1).mean(dim=1)
+        loss = (error * weights[timesteps]).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["gradient_norm"])

@@ -28,6 +28,7 @@ RECIPE = {
     "gradient_norm": 1.0,
     "ema_decay": 0.999,
     "label_dropout": 0.1,
+    "embedding_std": 0.02,
     "augmentation": "half of the images: rotation +-8 degrees, scale +-6 %, shift +-0.4 pixel, bicubic",
     "split": {"held_out_fraction": 0.2, "stratified": True, "random_state": 0},
     "seed": 0,

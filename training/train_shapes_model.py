@@ -16,7 +16,7 @@ from torch import Tensor
 from hqdit.evaluation.shapes import SHAPES_CLASSES, SIZE, shapes_images
 
 RECIPE = {
-    "steps": 7000,
+    "steps": 4000,
     "images": 20000,
     "batch_size": 64,
     "learning_rate": 1e-3,
@@ -26,6 +26,8 @@ RECIPE = {
     "gradient_norm": 1.0,
     "ema_decay": 0.999,
     "label_dropout": 0.1,
+    "embedding_std": None,
+    "inverse_snr_bounds": [0.1, 10.0],
     "seed": 0,
 }
 ARCHITECTURE = {

@@ -21,7 +21,7 @@ def results(tmp_path_factory):
         model,
         folder,
         load_scheduler(folder),
-        PRESETS,
+        {name: PRESETS[name] for name in ("hqdit", "minmax")},
         tmp_path_factory.mktemp("demo"),
         label="digits",
         images=20,

@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import scipy.linalg
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from hqdit.errors import NumericsError, UsageError
 from hqdit.evaluation.frechet import GaussianStatistics, frechet_distance
@@ -178,6 +180,129 @@ def test_shifted_features(n: int) -> None:
     features, shift = rng.standard_normal((n, 64)), rng.standard_normal(64)
     a, b = GaussianStatistics.from_features(features), GaussianStatistics.from_features(features + shift)
     assert frechet_distance(a, b) == pytest.approx(shift @ shift, rel=1e-9)
+
+
+def by_product_eigenvalues(a: GaussianStatistics, b: GaussianStatistics) -> float:
+    cross = float(np.sqrt(scipy.linalg.eigvals(a.covariance @ b.covariance).astype(complex)).real.sum())
+    return terms(a, b) - 2 * cross
+
+
+def by_matrix_square_root(a: GaussianStatistics, b: GaussianStatistics) -> float:
+    return terms(a, b) - 2 * float(np.trace(scipy.linalg.sqrtm(a.covariance @ b.covariance)).real)
+
+
+def terms(a: GaussianStatistics, b: GaussianStatistics) -> float:
+    shift = a.mean - b.mean
+    return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance))
+
+
+def by_nuclear_norm(left: Array, right: Array) -> float:
+    """The trace of the root is the nuclear norm of A Bᵀ, A and B the centred rows over sqrt(n - 1), at any rank."""
+    a, b = ((rows - rows.mean(axis=0)) / np.sqrt(len(rows) - 1) for rows in (left, right))
+    cross = float(np.linalg.norm(a @ b.T, "nuc"))
+    shift = left.mean(axis=0) - right.mean(axis=0)
+    return float(shift @ shift + np.square(a).sum() + np.square(b).sum() - 2 * cross)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_three_formulas_at_full_rank(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    left = rng.standard_normal((600, 64)) @ rng.standard_normal((64, 64))
+    right = 1 + rng.standard_normal((500, 64)) @ rng.standard_normal((64, 64))
+    a, b = GaussianStatistics.from_features(left), GaussianStatistics.from_features(right)
+    found = frechet_distance(a, b)
+    assert found == pytest.approx(by_nuclear_norm(left, right), rel=1e-10)
+    assert found == pytest.approx(by_product_eigenvalues(a, b), rel=1e-10)
+    assert found == pytest.approx(by_matrix_square_root(a, b), rel=1e-10)
+    stored = [GaussianStatistics(s.mean, s.covariance, s.count) for s in (a, b)]  # as if read from a file
+    assert found == pytest.approx(frechet_distance(*stored), rel=1e-10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, st.integers(2, 40), st.integers(2, 80))
+def test_the_nuclear_norm_at_any_rank(seed: int, n: int, m: int) -> None:
+    rng = np.random.default_rng(seed)
+    left, right = rng.standard_normal((n, 40)), 1 + 2 * rng.standard_normal((m, 40))
+    found = frechet_distance(GaussianStatistics.from_features(left), GaussianStatistics.from_features(right))
+    assert found == pytest.approx(by_nuclear_norm(left, right), rel=1e-10)
+
+
+def test_two_points_each_by_hand() -> None:
+    # Both sets lie on the first axis of a space of 50: Gaussians of one dimension with variances 2 and 18, means 1, 5.
+    left, right = np.zeros((2, 50)), np.zeros((2, 50))
+    left[:, 0], right[:, 0] = [0.0, 2.0], [2.0, 8.0]
+    a, b = GaussianStatistics.from_features(left), GaussianStatistics.from_features(right)
+    assert frechet_distance(a, b) == pytest.approx(4.0**2 + (np.sqrt(18) - np.sqrt(2)) ** 2, rel=1e-14)
+
+
+def test_rank_deficient_sets_against_themselves_and_shifted() -> None:
+    rng = np.random.default_rng(7)
+    features, shift = rng.standard_normal((5, 200)), rng.standard_normal(200)
+    a, b = GaussianStatistics.from_features(features), GaussianStatistics.from_features(features + shift)
+    assert frechet_distance(a, a) <= 1e-12 * size(a)
+    assert frechet_distance(a, b) == pytest.approx(shift @ shift, rel=1e-10)
+
+
+def test_order_of_the_samples_does_not_matter() -> None:
+    rng = np.random.default_rng(8)
+    left, right = rng.standard_normal((50, 6)), 2 * rng.standard_normal((40, 6))
+    reference = GaussianStatistics.from_features(right)
+    shuffled = GaussianStatistics.from_features(left[rng.permutation(50)])
+    in_order = frechet_distance(GaussianStatistics.from_features(left), reference)
+    assert frechet_distance(shuffled, reference) == pytest.approx(in_order, rel=1e-12)
+
+
+def test_a_common_eigenbasis() -> None:
+    rng = np.random.default_rng(9)
+    axes, left, right = rotation(rng, 20), rng.uniform(0.1, 9, 20), rng.uniform(0.1, 9, 20)
+    covariances = [(axes * spectrum) @ axes.T for spectrum in (left, right)]
+    a, b = (GaussianStatistics(np.zeros(20), (c + c.T) / 2, 9) for c in covariances)
+    assert frechet_distance(a, b) == pytest.approx(float(np.sum((np.sqrt(left) - np.sqrt(right)) ** 2)), rel=1e-10)
+
+
+def test_a_factor_of_another_covariance_is_refused() -> None:
+    for factor in (2 * np.eye(3), np.eye(2), np.full((3, 3), np.nan)):
+        with pytest.raises(UsageError, match="not one of the covariance"):
+            GaussianStatistics(np.zeros(3), np.eye(3), 5, factor)
+
+
+class RandomProjection(torch.nn.Module):
+    """A fixed extractor for torchmetrics and for us: uint8 images (n, 3, 8, 8) to 16 features in float64."""
+
+    num_features = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        self.matrix = torch.randn(3 * 8 * 8, self.num_features, generator=random, dtype=torch.float64)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.to(torch.float64).flatten(1) @ self.matrix / 255
+
+
+def require_torchmetrics_agrees(seed: int) -> None:
+    extractor, random = RandomProjection(), torch.Generator().manual_seed(seed)
+    sides = []
+    for count, low, high in ((80, 0, 256), (60, 40, 200)):
+        sides.append(torch.randint(low, high, (count, 3, 8, 8), generator=random).to(torch.uint8))
+    other = FrechetInceptionDistance(feature=extractor, input_img_size=(3, 8, 8))
+    other.set_dtype(torch.float64)
+    for images, is_real in zip(sides, (True, False), strict=True):
+        for batch in torch.split(images, 32):
+            other.update(batch, real=is_real)
+    statistics = [GaussianStatistics.from_features(extractor(images).numpy()) for images in sides]
+    assert frechet_distance(*statistics) == pytest.approx(float(other.compute()), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_torchmetrics_agrees(seed: int) -> None:
+    require_torchmetrics_agrees(seed)
+
+
+@pytest.mark.soak
+def test_torchmetrics_agrees_on_two_hundred_sets() -> None:
+    for seed in range(12, 212):
+        require_torchmetrics_agrees(seed)
 
 
 def test_ranks_that_differ() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,7 @@ from hqdit.cli.options import (
     say,
     write_json,
 )
+from hqdit.errors import UsageError
 
 DEFAULT_CLASSES = 10
 
@@ -39,6 +41,9 @@ def sample(
     steps: Steps = 50,
     guidance: Guidance = 1.5,
     batch_size: BatchSize = 64,
+    npz: Annotated[
+        Path | None, typer.Option("--npz", help="Also write all images to this .npz, as ADM's suite reads it.")
+    ] = None,
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
     seed: Seed = 0,
@@ -56,6 +61,7 @@ def sample(
     with running(quiet_mode=quiet, device=device, dtype=dtype, backend=backend, threads=threads, seed=seed) as options:
         from torch import nn
 
+        from hqdit.evaluation.image_files import write_adm_npz
         from hqdit.integrations.pixel_pipeline import as_pil
         from hqdit.models.adapter import adapter_for
         from hqdit.models.source import find_model, load_scheduler, load_vae
@@ -69,6 +75,7 @@ def sample(
         folder = find_model(model)
         require_free(out, overwrite, folder.root)
         require_json(json_file, out, folder.root)
+        _require_npz(npz, out, folder.root)
         transformer = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
         labels = given or list(range(min(DEFAULT_CLASSES, adapter_for(transformer).num_classes(transformer))))
         require_classes(labels, transformer)
@@ -83,6 +90,8 @@ def sample(
             for name, image in zip(files, as_pil(images), strict=True):
                 image.save(staged / name)
             (staged / "grid.png").write_bytes(image_grid(images.numpy(), columns=min(len(labels), num)))
+            if npz is not None:
+                write_adm_npz(npz, images)
             result = {
                 "files": files,
                 "grid": "grid.png",
@@ -98,3 +107,21 @@ def sample(
             write_json(json_file, result)
         if not quiet:
             say(f"{out}: {num} images and grid.png")
+
+
+def _require_npz(path: Path | None, out: Path, source: Path) -> None:
+    """Raise `UsageError` unless `path` can become a file outside of --out and of the model."""
+    if path is None:
+        return
+    target = path.expanduser().resolve()
+    parent = next(folder for folder in target.parents if folder.exists())
+    places = {"--out": out.expanduser().resolve(), "the model": source.resolve()}
+    if target.exists() and not target.is_file():
+        found = "which is no regular file"
+    elif not parent.is_dir():
+        found = f"below the file {parent}"
+    elif inside := [name for name, place in places.items() if place in (target, *target.parents)]:
+        found = f"which is or lies inside {inside[0]}"
+    else:
+        return
+    raise UsageError(f"--npz: found {path}, {found}, needed a file of its own. Fix: choose another --npz")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hqdit.calibration.samples import CalibrationSet
 from hqdit.evaluation.fidelity import evaluation_inputs, layer_fidelity, noise_fidelity, psnr_db
 from hqdit.evaluation.frechet import GaussianStatistics, frechet_distance
-from hqdit.evaluation.surrogate import SurrogateClassifier, held_out_digits
+from hqdit.evaluation.surrogate import SurrogateClassifier, held_out_images
 from hqdit.models.source import ModelFolder
 from hqdit.pipeline.checkpoint import load, save
 from hqdit.pipeline.config import QuantizationConfig
@@ -106,7 +106,7 @@ def compare_presets(
         The float original first, then the presets in order.
     """
     classifier = SurrogateClassifier.load()
-    reference = GaussianStatistics.from_features(classifier.features(held_out_digits()[0]))
+    reference = GaussianStatistics.from_features(classifier.features(held_out_images("digits")[0]))
     classes = [index % 10 for index in range(images)]
     device = next(model.parameters()).device
 

@@ -23,6 +23,7 @@ from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import adapter_for
 from hqdit.numerics.error import SignalToNoise, decibel
 from hqdit.pipeline.checkpoint import quantized_layers
+from hqdit.pipeline.smoothing import smoothed_twin
 from hqdit.progress import track
 from hqdit.records.run_record import Interval
 from hqdit.sampling.noise import EVALUATION, starting_noise
@@ -207,8 +208,10 @@ def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInp
     """Output SQNR of every quantized layer on the inputs that the float model's conditional branch gives it, in dB.
 
     Each layer is judged alone: errors of earlier layers do not enter. Where part of a rotation is folded into the
-    value projection, inputs and outputs are compared in the rotated basis, which does not change the ratio.
+    value projection, inputs and outputs are compared in the rotated basis, which does not change the ratio; where
+    smoothing is folded into earlier layers, they are those of the float model with the same folds.
     """
+    exact = smoothed_twin(exact, quantized)
     layers = quantized_layers(quantized)
     folded: dict[str, HQLinear] = {}
     for site in adapter_for(exact).sites(exact):

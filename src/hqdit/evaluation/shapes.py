@@ -67,8 +67,8 @@ def shapes_images(split: str, count: int) -> tuple[Tensor, Tensor]:
 def _draw(stream: np.random.Generator) -> npt.NDArray[np.uint8]:
     """The next `_CHUNK` images, uint8 (_CHUNK, 3, 32, 32); every chunk takes equally many numbers from the stream."""
     unit = stream.random((_CHUNK, 8))
-    centre_x, centre_y = (SIZE * (0.5 + 0.16 * (2 * unit[:, k, None, None] - 1)) for k in (0, 1))
-    radius, period = 7 + 4 * unit[:, 2, None, None], 7 + 6 * unit[:, 3, None, None]  # pixels
+    centre_x, centre_y = (SIZE * (0.5 + 0.03 * (2 * unit[:, k, None, None] - 1)) for k in (0, 1))
+    radius, period = 9 + 1.5 * unit[:, 2, None, None], 8 + 0.5 * unit[:, 3, None, None]  # pixels
     # The hues differ by a quarter to three quarters of the circle, and the background is the darker one.
     foreground = _rgb(unit[:, 4], 0.85, 0.8 + 0.2 * unit[:, 5])
     background = _rgb((unit[:, 4] + 0.25 + 0.5 * unit[:, 6]) % 1, 0.6, 0.15 + 0.25 * unit[:, 7])

@@ -16,7 +16,7 @@ from hqdit.errors import CheckpointError, EnvironmentUnavailable, UsageError
 from hqdit.models.weights import read_json, read_weights, require_finite, require_float, require_state
 
 #: Models that ship with the package.
-BUNDLED_MODELS = ("digits",)
+BUNDLED_MODELS = ("digits", "shapes")
 
 CONFIG_NAME, PIPELINE_INDEX_NAME = "config.json", "model_index.json"
 
