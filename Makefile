@@ -4,6 +4,10 @@ PYTHON ?= $(shell if python3.11 -c '' 2>/dev/null; then echo python3.11; else ec
 
 JSON ?= benchmarks/results/cpu.json
 
+# `make reproduce QUICK=1` takes minutes instead of an hour.
+EXPERIMENTS ?= all
+REPRODUCED ?= reproduced
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
@@ -20,10 +24,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test native-test bench bench-peers lint soak train-digits train-classifier check-digits stress records readme package clean
+.PHONY: help demo test native-test bench bench-peers lint soak reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress records readme package clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-18s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-25s%s\n", $$1, $$2}'
 
 demo: $(VENV)/.stamp-run ## quantize the bundled model, compare and write demo/
 	$(BIN)/hqdit demo --out demo --overwrite
@@ -48,6 +52,13 @@ bench-peers: $(PEERS_VENV)/.stamp ## install what hqdit bench compares with, in 
 soak: $(VENV)/.stamp-dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -m soak
 
+reproduce: $(VENV)/.stamp-train ## repeat the paper's experiments and open questions; QUICK=1, EXPERIMENTS=NAME...
+	$(BIN)/hqdit reproduce $(EXPERIMENTS) --out $(REPRODUCED) $(if $(QUICK),--quick)
+
+train-shapes: $(VENV)/.stamp-train ## train the bundled shapes model again
+	$(BIN)/python training/train_shapes_model.py \
+		--out src/hqdit/data/shapes --record training/shapes_model_record.json
+
 train-digits: $(VENV)/.stamp-train ## train the bundled digits model again
 	$(BIN)/python training/train_digits_model.py \
 		--out src/hqdit/data/digits --record training/digits_model_record.json
@@ -56,8 +67,15 @@ train-classifier: $(VENV)/.stamp-train ## train the bundled digits classifier ag
 	$(BIN)/python training/train_digits_classifier.py \
 		--out src/hqdit/data/digits_evaluation --record training/digits_classifier_record.json
 
+train-shapes-classifier: $(VENV)/.stamp-train ## train the bundled shapes classifier again
+	$(BIN)/python training/train_shapes_classifier.py \
+		--out src/hqdit/data/shapes_evaluation --record training/shapes_classifier_record.json
+
 check-digits: $(VENV)/.stamp-train ## measure the bundled digits model: classes asked for, nearest training images
-	$(BIN)/python training/check_digits_model.py --record training/digits_model_check.json
+	$(BIN)/python training/check_model.py --model digits --record training/digits_model_check.json
+
+check-shapes: $(VENV)/.stamp-train ## measure the bundled shapes model in the same way
+	$(BIN)/python training/check_model.py --model shapes --record training/shapes_model_check.json
 
 stress: $(VENV)/.stamp-run ## measure what activation outliers cost (c = 1, 10, 30, 100) and write the record
 	$(BIN)/python benchmarks/outlier_stress.py --json docs/records/outlier_stress.json
@@ -75,7 +93,7 @@ package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build --outdir dist
 
 clean: ## remove .venv, caches and everything that make wrote
-	rm -rf $(VENV) $(PEERS_VENV) build demo dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS_VENV) build demo dist $(REPRODUCED) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests training -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp-venv:

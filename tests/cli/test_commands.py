@@ -25,7 +25,20 @@ from hqdit.pipeline.checkpoint import load
 
 LAYERS = 7 * tiny.BLOCKS
 SHORT = ("--steps", 2, "--calibration-samples", 16)
-COMMANDS = ("demo", "quantize", "sample", "evaluate", "inspect", "doctor", "inject-outliers")
+COMMANDS = (
+    "demo",
+    "quantize",
+    "sample",
+    "evaluate",
+    "score",
+    "analyze",
+    "inspect",
+    "doctor",
+    "inject-outliers",
+    "bench",
+    "reproduce",
+    "report",
+)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -70,6 +83,42 @@ def test_quantizing_a_transformer_folder_gives_a_transformer_folder(
     assert tree(models.transformer) == before
     assert len(read(tmp_path / "q.js")["layers"]) == LAYERS
     assert isinstance(load(tmp_path / "q"), nn.Module)
+
+
+def test_flags_override_the_preset_and_its_bits(hqdit: Hqdit, models: Models, tmp_path: Path) -> None:
+    shown = {}
+    for name, flags in {
+        "preset": (),
+        "bits": ("--bits", "W4A8"),
+        "flags": ("--bits", "W4A8", "--activations", "int6", "--smoothing", "0.75", "--low-rank", "3"),
+    }.items():
+        outcome = hqdit(
+            "quantize", models.transformer, "--dry-run", "--preset", "svdquant", *flags, "--json", tmp_path / name
+        )
+        assert (outcome.code, outcome.err) == (0, "")
+        assert (outcome.out.count("folded"), outcome.out.count("applied")) == (5 * tiny.BLOCKS, 2 * tiny.BLOCKS)
+        config = read(tmp_path / name)["config"]
+        shown[name] = tuple(config[key] for key in ("weights", "activations", "smoothing", "low_rank"))
+    assert shown == {
+        "preset": ("int4", "same", 0.5, 32),
+        "bits": ("int4", "int8", 0.5, 32),
+        "flags": ("int4", "int6", 0.75, 3),
+    }
+
+
+def test_a_baseline_is_inspected_with_its_parts(hqdit: Hqdit, models: Models, tmp_path: Path) -> None:
+    flags = ("--preset", "svdquant", "--low-rank", 3, *SHORT)
+    assert hqdit("quantize", models.transformer, "--out", tmp_path / "q", *flags).code == 0
+    outcome = hqdit("inspect", tmp_path / "q", "--json", tmp_path / "q.js")
+    assert outcome.code == 0
+    facts = read(tmp_path / "q.js")["layers"]
+    assert {entry["low_rank"] for entry in facts.values()} == {3}
+    assert {name for name, entry in facts.items() if entry["smoothing"] == "applied"} == {
+        name for name in facts if name.endswith(("norm1.linear", "ff.net.2"))
+    }
+    rows = {line.split()[0]: line.split() for line in outcome.out.splitlines()}
+    header, row = rows["layer"], rows["transformer_blocks.0.attn1.to_q"]
+    assert ("folded", "3") == (row[-5], row[-4]) and header[-5:-3] == ["smoothing", "rank"]
 
 
 def test_quantizing_a_pipeline_copies_everything_else(models: Models) -> None:

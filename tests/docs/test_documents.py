@@ -41,6 +41,7 @@ GUIDES = (
     "docs/checkpoint.md",
     "docs/kernels.md",
     "docs/records.md",
+    "docs/evaluation.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 )
@@ -56,6 +57,10 @@ OTHER_FILES = {
     "benchmarks/results/cpu.json",
     "docs/records/native_soak.json",
     "build/native",
+    "record.json",
+    "DIR/cache",
+    "DIR/report.html",
+    "docs/records/reproduce",
 }
 #: Kernels, and what the files of their instruction sets are named after.
 KERNELS, INSTRUCTION_SETS = ("product", "rotate_quantize", "attention"), ("portable", "avx2", "avx512", "amx")
@@ -125,7 +130,7 @@ def shell_lines(document: str) -> list[str]:
 def source_files() -> tuple[str, ...]:
     """Modules of the packages, as in `formats/catalog.py`."""
     return tuple(
-        path.relative_to(SOURCE).as_posix() for path in sorted(SOURCE.glob("*/*.py")) if path.name != "__init__.py"
+        path.relative_to(SOURCE).as_posix() for path in sorted(SOURCE.glob("*/**/*.py")) if path.name != "__init__.py"
     )
 
 
@@ -360,6 +365,8 @@ CONFIGS = (
         keep_dtype="bfloat16",
     ),
     QuantizationConfig(activation_granularity="tensor", gptq=False),
+    QuantizationConfig.preset("svdquant"),
+    QuantizationConfig.preset("fpq").replace(include=("*.0.attn1.to_q",)),
 )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import typer
 
 import hqdit
+from hqdit.cli.analyze import analyze
 from hqdit.cli.bench import bench
 from hqdit.cli.demo import demo
 from hqdit.cli.doctor import doctor
@@ -20,7 +21,10 @@ from hqdit.cli.inspect import inspect
 from hqdit.cli.options import printable
 from hqdit.cli.outliers import inject_outliers
 from hqdit.cli.quantize import quantize
+from hqdit.cli.report import report
+from hqdit.cli.reproduce import reproduce
 from hqdit.cli.sample import sample
+from hqdit.cli.score import score
 from hqdit.errors import EnvironmentUnavailable, HQDiTError, ResourceError, UsageError
 
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
@@ -33,7 +37,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, quantize, sample, evaluate, inspect, doctor, inject_outliers, bench):
+for command in (
+    demo,
+    quantize,
+    sample,
+    evaluate,
+    score,
+    analyze,
+    inspect,
+    doctor,
+    inject_outliers,
+    bench,
+    reproduce,
+    report,
+):
     app.command()(command)
 
 

@@ -1,0 +1,56 @@
+"""`hqdit reproduce`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hqdit.cli.options import BackendName, Debug, Quiet, Seed, Threads, running, say
+from hqdit.errors import UsageError
+
+ALL = "all"
+
+
+def reproduce(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Experiments, or all.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; a run that was cut off goes on there.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and steps: minutes, not an hour.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The whole grid of table-w4a4: hours.")] = False,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    backend: BackendName = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Repeat experiments of the paper and its open questions on the bundled models, and write a report."""
+    if quick and full:
+        raise UsageError("--quick, --full: found both, needed at most one. Fix: leave one out")
+    with running(quiet_mode=quiet, device="cpu", backend=backend, threads=threads, seed=seed):
+        from hqdit.experiments.runner import EXPERIMENTS, run_experiments
+        from hqdit.pipeline.publish import publish_text
+        from hqdit.report.page import render_report
+
+        chosen = list(EXPERIMENTS) if ALL in names else list(dict.fromkeys(names))
+        for name in chosen:
+            if name not in EXPERIMENTS:
+                raise UsageError(
+                    f"NAME: found {name!r}, needed {ALL} or some of {', '.join(EXPERIMENTS)}. Fix: pick such a name"
+                )
+        target = out.expanduser()
+        if target.exists() and not target.is_dir():
+            raise UsageError(f"--out: found {out}, which is a file, needed a folder. Fix: choose another --out")
+
+        def tell(text: str) -> None:
+            if not quiet:
+                say(text)
+
+        records = run_experiments(chosen, target, seed=seed, is_quick=quick, is_full=full, tell=tell)
+        publish_text(target / "report.html", render_report(records))
+        if not quiet:
+            for _, record in records:
+                say(f"\n{record.title}")
+                for answer in record.answers:
+                    say(f"  {answer}")
+            say(f"\n{out / 'report.html'}: the report; records and pictures are beside it")

@@ -1,0 +1,1 @@
+"""The experiments behind `hqdit reproduce`: one module each, from models to a plain record."""

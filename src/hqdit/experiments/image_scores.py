@@ -1,0 +1,149 @@
+"""Images of several methods from the same noise, judged beside the float model's and beside a noise floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hqdit.evaluation.bootstrap import bootstrap_mean
+from hqdit.evaluation.fidelity import psnr_of_images
+from hqdit.evaluation.image_metrics import image_metrics, metric_name
+from hqdit.evaluation.ssim import structural_similarity
+from hqdit.experiments.laboratory import Laboratory
+from hqdit.experiments.subjects import Subject
+from hqdit.pipeline.config import QuantizationConfig
+from hqdit.pipeline.publish import publish_bytes
+from hqdit.progress import track
+from hqdit.records.run_record import Cell, Column, ImageGrid, Interval, Table
+from hqdit.report.figures import image_grid
+from hqdit.sampling.sampler import SamplingConfig, to_uint8
+
+FLOAT32 = "float32"
+#: The float model from other noise: what a metric says of two sets that differ by chance alone.
+OTHER_SEED = "float32, another seed"
+
+RESAMPLES = 100
+GRID_IMAGES, GRID_COLUMNS = 30, 10
+
+#: Metrics on features, by the key of a row; `metric_name` gives the name that they are shown under.
+_METRICS = {
+    "frechet": "Fréchet distance",
+    "spatial_frechet": "spatial Fréchet distance",
+    "score": "classifier score",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "class accuracy",
+}
+_MEANINGS = {
+    "frechet": "distance of feature statistics to those of held-out images; lower is better",
+    "spatial_frechet": "the same on spatial features",
+    "score": "how certain and how varied the classifier's answers are; higher is better",
+    "precision": "share of samples that look like held-out images; higher is better",
+    "recall": "share of held-out images that the samples cover; higher is better",
+    "accuracy": "share of samples in the class asked for, by the classifier; higher is better",
+}
+
+
+def image_rows(
+    lab: Laboratory,
+    subject: Subject,
+    methods: Mapping[str, QuantizationConfig],
+    sampling: SamplingConfig,
+    *,
+    has_grids: bool = True,
+) -> tuple[list[dict[str, Any]], list[ImageGrid]]:
+    """Scores of the float model, of the float model from another seed, and of every method.
+
+    Args:
+        lab: gives images, cache and folder.
+        subject: the model.
+        methods: name -> configuration.
+        sampling: steps and guidance; guidance 0 is unconditional, where class accuracy says nothing and is left out.
+        has_grids: write a PNG of the first images of each row.
+
+    Returns:
+        Rows with "method", "samples" and [value, low, high] or None for each metric; and the pictures.
+    """
+    count = lab.image_count
+    exact = lab.samples(subject, None, count, sampling)
+    everything: dict[str, tuple[QuantizationConfig | None, int]] = {
+        FLOAT32: (None, lab.seed),
+        OTHER_SEED: (None, lab.seed + 1),
+        **{name: (config, lab.seed) for name, config in methods.items()},
+    }
+    rows, grids = [], []
+    for method, (config, seed) in track(list(everything.items()), f"images of {subject.name}"):
+        images = lab.samples(subject, config, count, sampling, seed)
+        key = {
+            "what": "image scores",
+            "subject": subject.name,
+            "config": None if config is None else config.to_json(),
+            **lab.settings,
+            "sampled": {"count": count, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed},
+            "resamples": RESAMPLES,
+        }
+        is_exact = method == FLOAT32
+
+        def score(images: Tensor = images, is_exact: bool = is_exact) -> dict[str, Any]:
+            return _scores(lab, subject, None if is_exact else exact, images, sampling)
+
+        rows.append({"method": method, "samples": count, **lab.cache.numbers(key, score)})
+        if has_grids:
+            grids.append(_grid(lab, subject, method, images))
+    return rows, grids
+
+
+def _scores(
+    lab: Laboratory, subject: Subject, exact: Tensor | None, images: Tensor, sampling: SamplingConfig
+) -> dict[str, Any]:
+    classes = [index % subject.num_classes for index in range(len(images))]
+    found = image_metrics(
+        subject.classifier,
+        images,
+        lab.reference_features(subject),
+        classes=classes if sampling.guidance > 0 else None,
+        resamples=RESAMPLES,
+    )
+    row: dict[str, Any] = {key: None for key in (*_METRICS, "psnr_db", "ssim")}
+    for key, metric in _METRICS.items():
+        value = found.get(metric_name(metric, subject.classifier))
+        if isinstance(value, Interval):
+            row[key] = [value.value, value.low, value.high]
+    if exact is not None:
+        ratios = psnr_of_images(exact, images)
+        for key, values in (("psnr_db", ratios), ("ssim", structural_similarity(exact, images).values)):
+            if all(math.isfinite(value) for value in values):
+                interval = bootstrap_mean(values, RESAMPLES)
+                row[key] = [interval.value, interval.low, interval.high]
+    return row
+
+
+def _grid(lab: Laboratory, subject: Subject, method: str, images: Tensor) -> ImageGrid:
+    """A PNG beside the record, named after subject and method."""
+    words = "".join(c if c.isalnum() else " " for c in f"{subject.name} {method}").split()
+    file = f"{'-'.join(words)}.png"
+    scale = 4 if images.shape[-1] < 16 else 2
+    shown = to_uint8(images[:GRID_IMAGES]).numpy()
+    publish_bytes(lab.images / file, image_grid(shown, columns=GRID_COLUMNS, scale=scale))
+    return ImageGrid(f"{subject.name}: {method}", file, f"the first {len(shown)} samples, classes in turn")
+
+
+def image_table(title: str, rows: list[dict[str, Any]], subject: Subject) -> Table:
+    """The rows as a table; the headers carry the classifier's name."""
+    columns = [Column("Method"), Column("Samples", "", 0)]
+    columns += [
+        Column(metric_name(metric, subject.classifier).capitalize(), "", 3, _MEANINGS[key])
+        for key, metric in _METRICS.items()
+    ]
+    columns.append(Column("PSNR", "dB", 2, "against the float32 samples from the same noise; higher is better"))
+    columns.append(Column("SSIM", "", 3, "against the float32 samples from the same noise; higher is better"))
+    keys = (*_METRICS, "psnr_db", "ssim")
+    cells = tuple((row["method"], row["samples"], *(_cell(row[key]) for key in keys)) for row in rows)
+    return Table(title, tuple(columns), cells)
+
+
+def _cell(value: list[float] | None) -> Cell:
+    return None if value is None else Interval(*value)

@@ -1,0 +1,110 @@
+"""Runs experiments one after another, keeps their records, and says how long the rest will take."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hqdit.experiments.cache import ResultCache
+from hqdit.experiments.laboratory import Experiment, Laboratory
+from hqdit.kernels.selection import current_backend
+from hqdit.pipeline.environment import describe_environment
+from hqdit.pipeline.publish import publish_bytes, publish_text
+from hqdit.records.run_record import RECORD_NAME, RunRecord
+from hqdit.report.charts import draw
+
+CACHE_NAME = "cache"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One experiment by name.
+
+    Attributes:
+        module: in this package; its `run` is the experiment.
+        minutes: what it took on two cores in the committed record; only shares of the time left follow from it.
+    """
+
+    module: str
+    minutes: float
+
+    def load(self) -> Experiment:
+        """The experiment's function; its module is imported now, not with this one."""
+        experiment: Experiment = importlib.import_module(f"hqdit.experiments.{self.module}").run
+        return experiment
+
+
+#: In the order of the report.
+EXPERIMENTS: dict[str, Entry] = {
+    "table-w4a4": Entry("table_w4a4", 25),
+    "outliers": Entry("outliers", 2),
+    "formats": Entry("formats", 3),
+    "calibration": Entry("calibration_size", 4),
+    "alpha": Entry("alpha", 3),
+    "beyond-dit": Entry("beyond_dit", 6),
+    "hadamard-cost": Entry("hadamard_cost", 3),
+    "domains": Entry("domains", 3),
+    "timesteps": Entry("timesteps", 1),
+}
+
+
+def run_experiments(
+    names: Sequence[str],
+    out: Path,
+    *,
+    seed: int = 0,
+    is_quick: bool = False,
+    is_full: bool = False,
+    tell: Callable[[str], None],
+) -> list[tuple[Path, RunRecord]]:
+    """Run experiments and write OUT/NAME/record.json, figures and pictures beside it; OUT/cache keeps results.
+
+    An interrupted run is continued by the same call: what was computed is taken from the cache.
+
+    Args:
+        names: keys of `EXPERIMENTS`.
+        out: made if missing; folders of other experiments in it stay.
+        seed: of calibration, noise and rotations.
+        is_quick: fewer samples and steps.
+        is_full: the whole grid of `table-w4a4`.
+        tell: gets a line before each experiment, with the time that is probably left.
+
+    Returns:
+        (folder, record) of each.
+    """
+    cache = ResultCache(out / CACHE_NAME)
+    shared = Laboratory(cache, out, seed, is_quick, is_full, tell)
+    total, done, begun = sum(EXPERIMENTS[name].minutes for name in names), 0.0, time.monotonic()
+    records = []
+    for position, name in enumerate(names):
+        elapsed = time.monotonic() - begun
+        left = f", about {elapsed / done * (total - done) / 60:.0f} min left" if done else ""
+        tell(f"{name} ({position + 1} of {len(names)}{left})")
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        lab = dataclasses.replace(shared, images=folder)  # with the calibration data that is there already
+        start, misses = time.perf_counter(), cache.misses
+        record = EXPERIMENTS[name].load()(lab)
+        record = dataclasses.replace(
+            record,
+            seconds=time.perf_counter() - start,
+            environment={**describe_environment(), "backend": current_backend().description},
+            config={
+                **lab.settings,
+                "quick": is_quick,
+                "full": is_full,
+                "results_from_cache": cache.misses == misses,
+                **record.config,
+            },
+        )
+        for number, figure in enumerate(record.figures, start=1):
+            publish_bytes(folder / f"figure-{number}.svg", draw(figure))
+        publish_text(folder / RECORD_NAME, json.dumps(record.to_json(), indent=1) + "\n")
+        records.append((folder, record))
+        done += EXPERIMENTS[name].minutes
+    return records

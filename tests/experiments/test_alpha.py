@@ -1,0 +1,99 @@
+"""`alpha`: range and precision of weights by hand, equal choices measured once, and the record."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from hqdit.experiments import alpha
+from hqdit.experiments.alpha import chosen_formats, weight_facts
+from hqdit.pipeline.config import QuantizationConfig
+from hqdit.pipeline.quantize import quantize
+
+NEAREST = QuantizationConfig(gptq=False)
+OCTAVES = {"e3m0": 6.0, "e2m1": math.log2(12), "e1m2": math.log2(7)}
+
+
+@pytest.mark.parametrize("fmt", OCTAVES)
+def test_weight_facts_from_dequantized_weights(tiny_subject, fmt):
+    exact = tiny_subject.model
+    model = quantize(copy.deepcopy(exact), NEAREST.replace(weights=fmt, rotation="none"))
+    signal = noise = kept_signal = kept_noise = lost = total = 0.0
+    for name, module in exact.named_modules():
+        if hasattr(model.get_submodule(name), "dequantized_weight"):
+            weight, rounded = module.weight.detach().double(), model.get_submodule(name).dequantized_weight().double()
+            error, alive = (weight - rounded) ** 2, rounded != 0
+            signal, noise = signal + float((weight**2).sum()), noise + float(error.sum())
+            kept_signal += float((weight[alive] ** 2).sum())
+            kept_noise += float(error[alive].sum())
+            lost, total = lost + int((~alive).sum()), total + weight.numel()
+    found = weight_facts(exact, model)
+    assert found["range_octaves"] == pytest.approx(OCTAVES[fmt])
+    assert found["underflow"] == pytest.approx(lost / total)
+    assert found["sqnr_db"] == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
+    assert found["precision_db"] == pytest.approx(10 * math.log10(kept_signal / kept_noise), abs=1e-5)
+
+
+def test_more_range_is_less_underflow_and_less_precision(tiny_subject):
+    found = []
+    for fmt in OCTAVES:
+        model = quantize(copy.deepcopy(tiny_subject.model), NEAREST.replace(weights=fmt))
+        found.append(weight_facts(tiny_subject.model, model))
+    underflow, precision = ([facts[key] for facts in found] for key in ("underflow", "precision_db"))
+    assert underflow == sorted(underflow) and precision == sorted(precision)
+
+
+def test_formats_are_listed_for_weights_and_inputs(tiny_subject):
+    model = quantize(copy.deepcopy(tiny_subject.model), NEAREST.replace(weights="e3m0", activations="int4"))
+    assert chosen_formats(model) == " ".join(["e3m0/int4"] * 14)
+
+
+def test_the_record(lab, tiny_subject, monkeypatch, require_whole):
+    monkeypatch.setattr(alpha, "SUBJECTS", (tiny_subject,))
+    record = alpha.run(lab)
+    require_whole(record, "alpha")
+    weights, fidelity, images = record.tables
+    assert [row[:2] for row in weights.rows] == [
+        (word, value) for word in ("rotated", "not rotated") for value in alpha.QUICK_ALPHAS
+    ]
+    assert images.rows[0][0] == "float32"
+    for of_weights, of_model in zip(weights.rows, fidelity.rows, strict=True):
+        assert of_weights[:2] == of_model[:2]
+        assert sum(of_weights[3:6]) == pytest.approx(1.0)
+        assert (of_model[4] is None) == (of_model[1] == alpha.DEFAULT)
+    # What is called one choice has one row of results and one row of images.
+    choices = {(row[0], row[2]): row[3:] for row in weights.rows}
+    assert all(choices[row[0], row[2]] == row[3:] for row in weights.rows)
+    assert len(images.rows) == len(choices) + 2  # float32 from two seeds
+
+
+def test_alphas_with_equal_formats_are_measured_once(lab, tiny_subject, monkeypatch):
+    asked = []
+    score = lab.score
+
+    def counted(subject, config):
+        asked.append(config.alpha)
+        return score(subject, config)
+
+    monkeypatch.setattr(lab, "score", counted)
+    sweep = alpha._sweep(lab, tiny_subject, "full", (0.24, 0.25, 0.26))
+    assert list(sweep) == [0.24, 0.25, 0.26]
+    assert asked[0] == alpha.DEFAULT and len(asked) == len(alpha._alike(sweep))
+
+
+def test_the_answer_can_come_out_either_way():
+    def entry(db):
+        powers = {alpha.JUDGED: [10 ** (-db / 10)] * 3}
+        score = {"eps_sqnr_db": {alpha.JUDGED: [db, db, db]}, "eps_noise_powers": powers}
+        facts = {"range_octaves": 3.0, "underflow": 0.1, "precision_db": 20.0}
+        return {"score": score, "weights": facts}
+
+    assert "the default 0.25 is best" in alpha._answer("m", "full", {0.1: entry(9.0), 0.25: entry(10.0)})
+    assert "0.1 is better than the default" in alpha._answer("m", "full", {0.1: entry(11.0), 0.25: entry(10.0)})
+
+
+def test_the_classifier_fits_the_tiny_images(tiny_subject):
+    assert tiny_subject.classifier.classify(torch.zeros(2, 1, 8, 8)).shape == (2,)
