@@ -12,7 +12,8 @@ from hqdit.report.benchmark import forward_markdown
 from hqdit.report.tables import DemoRow, render_markdown_table
 
 ROOT = Path(__file__).parent.parent
-DEMO, STRESS, BENCH = "docs/records/demo.json", "docs/records/outlier_stress.json", "benchmarks/results/cpu.json"
+DEMO, BENCH = "docs/records/demo.json", "benchmarks/results/cpu.json"
+METHODS = "docs/records/reproduce/table-w4a4/record.json"
 
 
 def demo_table(record: dict[str, Any]) -> str:
@@ -21,16 +22,20 @@ def demo_table(record: dict[str, Any]) -> str:
     return f"{render_markdown_table(rows, record['extractor'])}\n\n{measured_on(record, DEMO)}"
 
 
-def stress_table(record: dict[str, Any]) -> str:
-    """Guided noise-prediction SQNR, a row per method and a column per factor."""
-    factors = sorted({row["factor"] for row in record["rows"]})
-    methods = list(dict.fromkeys(row["method"] for row in record["rows"]))
-    found = {(row["method"], row["factor"]): row["eps_sqnr_db"]["guided"] for row in record["rows"]}
-    lines = ["| method | " + " | ".join(f"c = {factor:g}" for factor in factors) + " |"]
-    lines.append("| --- |" + " ---: |" * len(factors))
-    for method in methods:
-        lines.append(f"| {method} | " + " | ".join(f"{found[method, factor]:.2f}" for factor in factors) + " |")
-    return "\n".join(lines) + f"\n\n{measured_on(record, STRESS)}"
+def methods_table(record: dict[str, Any]) -> str:
+    """Guided noise-prediction SQNR at W4A4: a row per method and a column per model, from the tables by model."""
+    start = "Noise prediction after guidance 1.5, "
+    tables = {t["title"].removeprefix(start): t for t in record["tables"] if t["title"].startswith(start)}
+    found: dict[str, dict[str, str]] = {}
+    for model, table in tables.items():
+        column = [column["title"] for column in table["columns"]].index("W4A4")
+        for row in table["rows"]:
+            found.setdefault(row[0], {})[model] = f"{row[column]['value']:.1f}"
+    lines = ["| W4A4, SQNR in dB | " + " | ".join(tables) + " |", "| --- |" + " ---: |" * len(tables)]
+    lines += [
+        f"| {method} | " + " | ".join(values[model] for model in tables) + " |" for method, values in found.items()
+    ]
+    return "\n".join(lines) + f"\n\n{measured_on(record, METHODS)}"
 
 
 def bench_table(record: dict[str, Any]) -> str:
@@ -57,7 +62,7 @@ def measured_on(record: dict[str, Any], path: str) -> str:
     )
 
 
-SECTIONS = {"demo": (DEMO, demo_table), "stress": (STRESS, stress_table), "bench": (BENCH, bench_table)}
+SECTIONS = {"demo": (DEMO, demo_table), "methods": (METHODS, methods_table), "bench": (BENCH, bench_table)}
 
 
 def updated(readme: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -9,7 +10,7 @@ import pytest
 
 from hqdit.cli.main import run
 from hqdit.experiments import runner
-from hqdit.records.run_record import Column, RunRecord, Series, Table, read_run_records
+from hqdit.records.run_record import RECORD_NAME, Column, RunRecord, Series, Table, read_run_records
 from hqdit.records.run_record import Lines as LineFigure
 
 
@@ -37,6 +38,32 @@ def test_record_figures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "It does not." in page and "Alpha &lt;b&gt;" in page and "Alpha <b>" not in page
     printed = capsys.readouterr().out
     assert "alpha (1 of 1)" in printed and "It does not." in printed and "report.html" in printed
+
+
+@pytest.mark.usefixtures("one_experiment")
+def test_a_partial_run_keeps_the_other_records_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # "zeta" comes before "alpha" in the list, and "other" is no experiment.
+    entry = runner.EXPERIMENTS["alpha"]
+    monkeypatch.setattr(runner, "EXPERIMENTS", {"zeta": entry, "alpha": entry})
+    for name in ("zeta", "other", "alpha"):
+        (tmp_path / name).mkdir()
+        earlier = RunRecord(name, f"Earlier {name}", "?", ())
+        (tmp_path / name / RECORD_NAME).write_text(json.dumps(earlier.to_json()))
+    assert run(["reproduce", "alpha", "--out", str(tmp_path), "--quiet"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    places = [page.index(f"<h2>{title}") for title in ("Earlier zeta", "Alpha &lt;b&gt;", "Earlier other")]
+    assert places == sorted(places) and "Earlier alpha" not in page
+
+
+@pytest.mark.usefixtures("one_experiment")
+def test_a_broken_earlier_record_is_named_before_anything_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "zeta").mkdir()
+    (tmp_path / "zeta" / RECORD_NAME).write_text("{")
+    assert run(["reproduce", "alpha", "--out", str(tmp_path)]) == 3
+    message = capsys.readouterr().err
+    assert "zeta" in message and message.count("\n") == 1 and not (tmp_path / "alpha").exists()
 
 
 @pytest.mark.usefixtures("one_experiment")

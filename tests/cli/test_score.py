@@ -7,23 +7,66 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 from conftest import Hqdit, Models
 from PIL import Image
+from scipy.linalg import eigvals
+from scipy.spatial.distance import cdist
+from sklearn.datasets import load_digits
 
-from hqdit.evaluation.image_files import read_images, write_adm_npz
-from hqdit.evaluation.surrogate import held_out_images
+from hqdit.cli.score import few_images
+from hqdit.evaluation.extractors import Features
+from hqdit.evaluation.image_files import as_images, read_images, write_adm_npz
+from hqdit.evaluation.inception import InceptionExtractor
+from hqdit.evaluation.shapes import shapes_images
+from hqdit.evaluation.surrogate import SurrogateClassifier, from_stored, held_out_images
 from hqdit.sampling.sampler import to_uint8
 
+Array = npt.NDArray[np.float64]
 METRICS = ("Fréchet distance", "spatial Fréchet distance", "classifier score", "precision", "recall")
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 120 held-out digits as a file of samples."""
+    """120 digits as a file of samples; none of them is in the reference, the held-out digits."""
     path = tmp_path_factory.mktemp("digits") / "samples.npz"
-    write_adm_npz(path, to_uint8(held_out_images("digits")[0][:120]))
+    seen = {image.numpy().tobytes() for image in held_out_images("digits")[0]}
+    images = from_stored(torch.from_numpy(load_digits().images.astype(np.uint8)))
+    chosen = torch.stack([image for image in images if image.numpy().tobytes() not in seen][:120])
+    write_adm_npz(path, to_uint8(chosen))
     return path
+
+
+def frechet(a: Array, b: Array) -> float:
+    """Dowson and Landau's formula, with the eigenvalues of the product of the covariances."""
+    left, right = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.sqrt(np.maximum(eigvals(left @ right).real, 0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(left) + np.trace(right) - 2 * root)
+
+
+def share_within(points: Array, others: Array) -> float:
+    """Share of the points within the third-nearest-neighbour ball of any of the others."""
+    radii = np.sort(cdist(others, others), axis=1)[:, 3]
+    return float((cdist(points, others) <= radii).any(axis=1).mean())
+
+
+def expected_values(dataset: str, pixels: npt.NDArray[np.uint8]) -> list[float]:
+    """The five metrics by their formulas, from the features of both sets."""
+    classifier = SurrogateClassifier.load(dataset)
+    reference = held_out_images(dataset)[0]
+    left, right = classifier.extract(as_images(pixels, reference.shape[1])), classifier.extract(reference)
+    assert left.spatial is not None and right.spatial is not None and left.probabilities is not None
+    p = left.probabilities
+    divergence = (p * np.log(p / p.mean(axis=0))).sum(axis=1).mean()
+    return [
+        frechet(left.pooled, right.pooled),
+        frechet(left.spatial, right.spatial),
+        float(np.exp(divergence)),
+        share_within(left.pooled, right.pooled),
+        share_within(right.pooled, left.pooled),
+    ]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -47,8 +90,48 @@ def test_score_prints_and_writes_every_metric(hqdit: Hqdit, digits: Path, tmp_pa
     for name, value in found["metrics"].items():
         assert set(value) == {"value", "low", "high"}
         assert f"{name}: {value['value']:.4f} (95 %: {value['low']:.4f} to {value['high']:.4f})" in lines
-    # Real images are close to real images: of 120, hardly any is beyond the reach of the other 360.
-    assert found["metrics"]["precision (digits-cnn-v1)"]["value"] > 0.99
+    values = [value["value"] for value in found["metrics"].values()]
+    # Square roots of eigenvalues near zero cost half the digits.
+    assert values == pytest.approx(expected_values("digits", read_images(digits)), rel=1e-6)
+    assert all(value["low"] <= value["value"] <= value["high"] for value in found["metrics"].values())
+    assert found["warnings"] == [] and "warning" not in outcome.out
+
+
+@pytest.mark.parametrize("is_quiet", [False, True])
+def test_fid_of_few_images_is_never_without_a_warning(
+    hqdit: Hqdit, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_quiet: bool
+) -> None:
+    class Stub:
+        name, is_inception = "inception-2015-12-05", True
+
+        def extract(self, images: torch.Tensor) -> Features:
+            pixels = images[:, 0, ::3, ::3].double().flatten(1).numpy()
+            return Features(pixels, pixels, None)
+
+    monkeypatch.setattr(InceptionExtractor, "load", lambda *_: Stub())
+    weights, json_file = tmp_path / "weights.pth", tmp_path / "s.json"
+    weights.write_bytes(b"")
+    arguments = ("--reference", "digits", "--inception", weights, "--json", json_file)
+    outcome = hqdit("score", digits, *arguments, *(["--quiet"] if is_quiet else []))
+    assert (outcome.code, outcome.err) == (0, "")
+    (warning,) = read(json_file)["warnings"]
+    assert warning.startswith("FID and sFID of 120 samples against 360 reference images, fewer than 10,000")
+    assert outcome.out.count(f"warning: {warning}\n") == (not is_quiet)
+    assert is_quiet or "\nFID: " in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("samples", "references", "warned"), [(10_000, 10_000, False), (9_999, 50_000, True), (50_000, 9_999, True)]
+)
+def test_both_sides_need_ten_thousand_images(samples: int, references: int, warned: bool) -> None:
+    class Inception:
+        name, is_inception = "inception-2015-12-05", True
+
+        def extract(self, images: torch.Tensor) -> Features:
+            raise NotImplementedError
+
+    assert bool(few_images(Inception(), samples, references)) == warned
+    assert few_images(SurrogateClassifier.load("digits"), samples, references) == []
 
 
 def test_a_folder_of_images_scores_as_their_npz(hqdit: Hqdit, digits: Path, tmp_path: Path) -> None:
@@ -68,13 +151,15 @@ def test_a_folder_of_images_scores_as_their_npz(hqdit: Hqdit, digits: Path, tmp_
 
 
 def test_shapes_are_judged_by_their_own_classifier(hqdit: Hqdit, tmp_path: Path) -> None:
-    write_adm_npz(tmp_path / "shapes.npz", to_uint8(held_out_images("shapes")[0][:20]))
+    # The reference is the first 1,000 of the split.
+    write_adm_npz(tmp_path / "shapes.npz", to_uint8(shapes_images("held-out", 1150)[0][1000:]))
     arguments = ("--reference", "shapes", "--resamples", 0, "--quiet", "--json", tmp_path / "s.json")
     outcome = hqdit("score", tmp_path / "shapes.npz", *arguments)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     found = read(tmp_path / "s.json")
-    assert (found["samples"], found["reference_images"], found["extractor"]) == (20, 1000, "shapes-cnn-v1")
-    assert found["metrics"]["precision (shapes-cnn-v1)"] == 1.0
+    assert (found["samples"], found["reference_images"], found["extractor"]) == (150, 1000, "shapes-cnn-v1")
+    expected = expected_values("shapes", read_images(tmp_path / "shapes.npz"))
+    assert list(found["metrics"].values()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_samples_are_written_as_npz_beside_the_folder(hqdit: Hqdit, models: Models, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from hqdit.errors import UsageError
 from hqdit.evaluation.bootstrap import bootstrap_interval, bootstrap_mean
+from hqdit.records.run_record import Interval
 
 
 def test_the_value_is_the_statistic_of_all_samples():
@@ -57,3 +58,63 @@ def test_equal_seeds_give_equal_intervals():
 def test_nothing_to_resample_is_refused(samples, resamples):
     with pytest.raises(UsageError, match="bootstrap: found"):
         bootstrap_interval(samples, lambda rows: 0.0, resamples)
+
+
+def test_rows_are_drawn_within_their_stratum_and_keep_their_places():
+    labels = np.array([0, 1, 1, 0, 2, 1, 0, 2] * 4)
+    rows = np.stack([labels, np.arange(len(labels))], axis=1).astype(float)
+    seen = []
+
+    def kept(drawn):
+        seen.append(drawn)
+        return 0.0 if np.array_equal(drawn[:, 0], labels) else 1.0
+
+    found = bootstrap_interval(rows, kept, 50, strata=labels)
+    assert found.low == found.high == 0.0
+    drawn = {tuple(resample[:, 1]) for resample in seen}
+    assert len(drawn) == 51  # 50 different resamples and the rows themselves
+
+
+def test_variance_between_strata_is_no_doubt():
+    labels = np.repeat([0, 1], 50)
+    values = 100.0 * labels + np.random.default_rng(0).normal(0.0, 1.0, 100)
+    within, whole = (bootstrap_mean(values, 2000, strata=strata) for strata in (labels, None))
+    # The mean of two strata of equal size: half the root of the sum of both means' variances.
+    half = 1.96 / 2 * math.sqrt(values[:50].var() / 50 + values[50:].var() / 50)
+    assert within.high - within.low == pytest.approx(2 * half, rel=0.1)
+    assert whole.high - whole.low > 20 * half
+
+
+@pytest.mark.parametrize("is_centred", [False, True])
+def test_an_interval_holds_its_value_where_resamples_lie_to_one_side(is_centred):
+    # The number of different rows: every resample has fewer.
+    found = bootstrap_interval(np.arange(30.0), lambda rows: float(len(np.unique(rows))), 100, 0, is_centred)
+    assert found.value == 30.0 and found.low < 30.0
+    assert found.high >= 30.0 if is_centred else found.high == 30.0
+
+
+def test_a_shifted_interval_ends_at_the_least_value():
+    rows = np.random.default_rng(0).normal(size=40)
+
+    def squared_mean(drawn):
+        return float(drawn.mean() ** 2)
+
+    free, bounded = (
+        bootstrap_interval(rows, squared_mean, 100, is_centred=True, lowest=lowest) for lowest in (-math.inf, 0.0)
+    )
+    assert free.low < 0.0 == bounded.low and free.high == bounded.high and free.value == bounded.value
+
+
+def test_infinite_statistics_have_infinite_ends_and_no_nan():
+    def ratio(rows):
+        return math.inf if rows.sum() == 0 else float(rows.sum())
+
+    assert bootstrap_interval([0.0] * 5, ratio, 20) == Interval(math.inf, math.inf, math.inf)
+    some = bootstrap_interval([0.0, 0.0, 2.0], ratio, 100)
+    assert (some.value, some.low, some.high) == (2.0, 2.0, math.inf)
+
+
+@pytest.mark.parametrize("strata", [[0, 0], [0, 1, 2], [[0], [0], [0]]])
+def test_strata_that_leave_nothing_to_draw_are_refused(strata):
+    with pytest.raises(UsageError, match="bootstrap: found .* labels of .* for 3 rows"):
+        bootstrap_mean([1.0, 2.0, 3.0], strata=strata)

@@ -99,6 +99,40 @@ def test_intervals_come_from_resampling(
         assert value.low <= value.value <= value.high
 
 
+def test_balanced_and_nearly_perfect_samples_have_intervals_around_their_values(
+    classifier: SurrogateClassifier,
+) -> None:
+    # Of each class the 12 digits that the classifier is surest of, classes in turn, as samples have them.
+    images, labels = held_out_images("digits")
+    features = classifier.extract(images)
+    assert features.probabilities is not None
+    sure = features.probabilities[np.arange(len(labels)), labels.numpy()]
+    best = [np.flatnonzero(labels.numpy() == c)[np.argsort(-sure[labels.numpy() == c])[:12]] for c in range(10)]
+    rows = np.stack(best, axis=1).ravel()
+    samples = images[torch.from_numpy(rows)]
+    classes = [index % 10 for index in range(120)]
+    found = image_metrics(classifier, samples, images, classes=classes, resamples=40)
+    unstratified = image_metrics(classifier, samples, images, resamples=40)
+    for value in (*found.values(), *unstratified.values()):
+        assert isinstance(value, Interval)
+        assert value.low <= value.value <= value.high
+    for name in ("Fréchet distance (digits-cnn-v1)", "spatial Fréchet distance (digits-cnn-v1)"):
+        value = found[name]
+        assert isinstance(value, Interval) and value.low >= 0
+    score, loose = (f["classifier score (digits-cnn-v1)"] for f in (found, unstratified))
+    assert isinstance(score, Interval) and isinstance(loose, Interval)
+    # Nearly 10 and hardly in doubt: no resample lacks a class. Of one set, resamples have uneven classes.
+    assert 9.9 < score.low <= score.high <= 10 and loose.low < 9.8
+    accuracy = found["class accuracy (digits-cnn-v1)"]
+    assert isinstance(accuracy, Interval) and (accuracy.low, accuracy.high) == (1.0, 1.0)
+
+
+def test_intervals_need_a_class_with_two_samples(classifier: SurrogateClassifier) -> None:
+    images, _ = held_out_images("digits")
+    with pytest.raises(UsageError, match="found 10 labels of 10 kinds for 10 rows"):
+        image_metrics(classifier, images[:10], images, classes=list(range(10)), resamples=5)
+
+
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_the_interval_of_a_distance_holds_the_mean_over_sets_of_that_size(shift: float) -> None:
     # Repeated rows raise a distance: uncorrected, the interval would lie above every distance of fresh sets.

@@ -56,6 +56,9 @@ def test_the_record(lab, tiny_subject, monkeypatch, require_whole):
     record = alpha.run(lab)
     require_whole(record, "alpha")
     weights, fidelity, images = record.tables
+    maps = [figure for figure in record.figures if isinstance(figure, alpha.FormatMap)]
+    assert {figure.y_label for figure in maps} == {"layers (%)"} and len(maps) == 2
+    assert any("one draw of" in note for note in record.notes)
     assert [row[:2] for row in weights.rows] == [
         (word, value) for word in ("rotated", "not rotated") for value in alpha.QUICK_ALPHAS
     ]
@@ -84,15 +87,41 @@ def test_alphas_with_equal_formats_are_measured_once(lab, tiny_subject, monkeypa
     assert asked[0] == alpha.DEFAULT and len(asked) == len(alpha._alike(sweep))
 
 
-def test_the_answer_can_come_out_either_way():
-    def entry(db):
-        powers = {alpha.JUDGED: [10 ** (-db / 10)] * 3}
+@pytest.fixture
+def entry_at():
+    """Makes what a sweep holds of one choice of formats, with 30 trajectories of one SQNR or one for each."""
+
+    def entry(*dbs):
+        db = sum(dbs) / len(dbs)
+        powers = {alpha.JUDGED: [10 ** (-dbs[k % len(dbs)] / 10) for k in range(30)]}
         score = {"eps_sqnr_db": {alpha.JUDGED: [db, db, db]}, "eps_noise_powers": powers}
         facts = {"range_octaves": 3.0, "underflow": 0.1, "precision_db": 20.0}
         return {"score": score, "weights": facts}
 
-    assert "the default 0.25 is best" in alpha._answer("m", "full", {0.1: entry(9.0), 0.25: entry(10.0)})
-    assert "0.1 is better than the default" in alpha._answer("m", "full", {0.1: entry(11.0), 0.25: entry(10.0)})
+    return entry
+
+
+def test_the_answer_can_come_out_either_way(entry_at):
+    found = alpha._answer("m", "full", {0.1: entry_at(9.0), 0.25: entry_at(10.0)})
+    assert "highest with the default 0.25, better than the next choice, 0.1 (+1.00 dB [+1.00, +1.00])" in found
+    assert found.endswith("; worse than the default 0.25: 0.1 (-1.00 dB [-1.00, -1.00]).")
+    found = alpha._answer("m", "full", {0.1: entry_at(11.0), 0.25: entry_at(10.0)})
+    assert "highest with 0.1, better than the next choice, the default 0.25 (+1.00 dB" in found
+    assert found.endswith("; better than the default 0.25: 0.1 (+1.00 dB [+1.00, +1.00]).")
+
+
+def test_values_that_choose_as_the_default_does_are_the_default(entry_at):
+    shared, unclear, worse = entry_at(10.0), entry_at(9.0, 10.8), entry_at(4.0)
+    found = alpha._verdict({0.2: shared, 0.25: shared, 0.3: unclear, 0.6: worse})
+    best, unknown, clear = found.split("; ")
+    assert best.startswith("highest with the default 0.25 (= 0.2), not distinguishable from the next choice, 0.3 (")
+    assert unknown.startswith("not distinguishable from the default 0.25: 0.3 (") and "0.2" not in unknown[45:]
+    assert clear == "worse than the default 0.25: 0.6 (-6.00 dB [-6.00, -6.00])"
+
+
+def test_one_choice_for_all_values_has_no_best(entry_at):
+    shared = entry_at(10.0)
+    assert alpha._verdict({0.2: shared, 0.25: shared}) == "all values choose the same formats"
 
 
 def test_the_classifier_fits_the_tiny_images(tiny_subject):

@@ -426,21 +426,38 @@ def test_answers_where_rotations_help() -> None:
     answer = network_answer(helped[0])
     assert answer.startswith("Vision transformer, full rotation against none")
     assert "as trained +10.00 dB [+10.00, +10.00] (better), accuracy +20.00 points" in answer and "c = 10" in answer
-    assert "block:16 raises it in 8 of 8 settings (+3.01 dB" in benefit(helped)
-    assert "full raises it in 8 of 8 settings (+10.00 dB" in benefit(helped)
-    assert "in 0 of 16 settings and the score in 0" in drawback(helped)
-    assert "lowers the SQNR of 0 of 1 layers." in drawback(helped)
+    for outliers in ("as trained", "c = 10"):
+        expected = f"vision transformer, {outliers}: block:16 raises it in 4 of 4 settings (+3.01 dB on average), full"
+        assert f"{expected} raises it in 4 of 4 settings (+10.00 dB on average)" in benefit(helped)
+        assert f"{outliers}: rotations lower the SQNR of the logits in 0 of 8 settings and the score in 0" in drawback(
+            helped
+        )
+    assert "most favourable change is as trained +10.00 dB [+10.00, +10.00] (vision transformer" in benefit(helped)
+    assert "that of 0 of 1 layers;" in drawback(helped)
     assert "rotation full: e3m0 0, e2m1 1, e1m2 0" in format_answer(helped)
 
 
 def test_answers_where_rotations_hurt() -> None:
     hurt = [result_with({"none": 1.0, "block:16": 2.0, "full": 10.0}, {"none": 50, "block:16": 50, "full": 40})]
     assert "(worse), accuracy -10.00 points" in network_answer(hurt[0])
-    assert "full raises it in 0 of 8 settings (-10.00 dB" in benefit(hurt)
+    assert "full raises it in 0 of 4 settings (-10.00 dB" in benefit(hurt)
     text = drawback(hurt)
-    assert "in 16 of 16 settings and the score in 8" in text
-    assert "least favourable change is -10.00 dB" in text
-    assert "1 of 1 layers, most often vision transformer qkv" in text
+    for outliers in ("as trained", "c = 10"):
+        assert f"{outliers}: rotations lower the SQNR of the logits in 8 of 8 settings and the score in 4" in text
+        assert f"{outliers} -10.00 dB [-10.00, -10.00] (vision transformer" in text
+    assert "1 of 1 layers, most often qkv" in text
+
+
+def test_injected_outliers_do_not_hide_what_rotations_do_to_networks_as_trained() -> None:
+    plain = result_with({"none": 1.0, "block:16": 2.0, "full": 10.0}, dict.fromkeys(ROTATIONS, 50.0))
+    loud = result_with({"none": 10.0, "block:16": 5.0, "full": 1.0}, dict.fromkeys(ROTATIONS, 50.0))
+    outcomes = {case: (plain if case.factor == 1 else loud).outcomes[case] for case in plain.outcomes}
+    mixed = [dataclasses.replace(plain, outcomes=outcomes)]
+    assert "as trained: block:16 raises it in 0 of 4" in benefit(mixed)
+    assert "c = 10: block:16 raises it in 4 of 4" in benefit(mixed)
+    assert "as trained: rotations lower the SQNR of the logits in 8 of 8" in drawback(mixed)
+    assert "c = 10: rotations lower the SQNR of the logits in 0 of 8" in drawback(mixed)
+    assert "favourable change is as trained -3.01 dB" in benefit(mixed) and "; c = 10 +10.00 dB" in benefit(mixed)
 
 
 def test_operations_of_rotations_are_weighed_by_rows() -> None:

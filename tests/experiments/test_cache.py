@@ -37,7 +37,7 @@ def test_other_code_or_surroundings_compute_anew(tmp_path, monkeypatch, changed)
     if changed == "code":
         monkeypatch.setattr(module, "code_digest", lambda: "another")
     elif changed == "torch":
-        monkeypatch.setattr(torch, "__version__", "0.0")
+        monkeypatch.setattr(module, "version", lambda name: f"another {name}")
     else:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert results.numbers({"a": 1}, lambda: {"found": 2}) == {"found": 2}
@@ -68,5 +68,23 @@ def test_a_stored_result_says_what_it_is_of(tmp_path):
     assert len(file.stem) == 64
 
 
-def test_the_code_digest_is_stable_within_a_process():
-    assert code_digest() == code_digest() and len(code_digest()) == 64
+def test_the_digest_covers_sources_models_and_kernels(tmp_path, monkeypatch):
+    """Every file counts, by name and content, but for what Python writes by itself."""
+    files = {"a.py": b"1", "data/model.safetensors": b"2", "_native.so": b"3"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(module.hqdit, "__path__", [str(tmp_path)])
+
+    def digest():
+        code_digest.cache_clear()
+        return code_digest()
+
+    seen = {digest()}
+    for name in files:
+        (tmp_path / name).write_bytes(b"changed")
+        seen.add(digest())
+    assert len(seen) == 4
+    (tmp_path / "a.pyc").write_bytes(b"compiled")
+    assert digest() in seen
+    code_digest.cache_clear()

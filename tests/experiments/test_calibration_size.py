@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from statistics import fmean
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import CLASSES, calibration, tiny_dit
 
 from hqdit.experiments import calibration_size
 from hqdit.experiments.calibration_size import layer_sqnr
+from hqdit.experiments.gptq_blocks import OVER_LAYERS
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
 
@@ -47,12 +49,47 @@ def test_the_record(record, require_whole):
     sizes, blocks = record.tables
     assert [row[:2] for row in sizes.rows] == [("nearest", None), ("gptq", 4), ("gptq", 48)]
     assert [row[0] for row in blocks.rows] == ["1", "128", "4096"]
+    assert {column.interval for column in sizes.columns[6:]} == {OVER_LAYERS}
+    assert {column.interval for column in blocks.columns if column.title.startswith("Gain")} == {OVER_LAYERS}
+    assert "fastest" not in record.answers[-1]
 
 
 def test_few_samples_are_overfitted_and_rounding_to_nearest_is_not(record):
-    gaps = {row[:2]: row[6].value for row in record.tables[0].rows}
-    assert gaps["gptq", 4] > gaps["gptq", 48] > 0
-    assert abs(gaps["nearest", None]) < gaps["gptq", 4]
+    few, many = record.tables[0].rows[1:]
+    gap, of_nearest, net = (tuple(row[k].value for row in (few, many)) for k in (6, 7, 8))
+    assert net[0] > net[1] > 0 and gap[0] > abs(of_nearest[0])
+    assert net == pytest.approx([mine - other for mine, other in zip(gap, of_nearest, strict=True)])
+
+
+def test_the_control_rounds_to_nearest_on_the_samples_that_gptq_sees(lab, tiny_subject, record):
+    model = quantize(copy.deepcopy(tiny_subject.model), calibration_size.CONFIG.replace(gptq=False))
+    sides = [
+        fmean(layer_sqnr(tiny_subject.model, model, lab.calibration(tiny_subject, count, seed), seed).values())
+        for count, seed in ((4, lab.seed), (24, lab.seed + 1))
+    ]
+    assert record.tables[0].rows[1][7].value == pytest.approx(sides[0] - sides[1])
+
+
+def of_size(*dbs):
+    """A score of 30 trajectories whose errors have these levels in turn."""
+    return {"eps_noise_powers": {calibration_size.JUDGED: [10 ** (-dbs[k % len(dbs)] / 10) for k in range(30)]}}
+
+
+def test_enough_is_what_all_larger_sizes_are_no_different_from():
+    level = of_size(20.0, 21.0)
+    unclear = of_size(21.0, 20.0)
+    found = calibration_size._enough({16: of_size(15.0, 16.0), 32: level, 64: unclear, 128: level})
+    assert found.startswith("from 32 samples on, no larger number")
+    # 16 and 32 cannot be told apart, but 64 is better than both.
+    found = calibration_size._enough({16: level, 32: unclear, 64: of_size(25.0, 26.0), 128: of_size(25.0, 26.0)})
+    assert found.startswith("from 64 samples on")
+
+
+def test_the_largest_size_alone_is_never_enough():
+    sizes = {16: of_size(15.0), 32: of_size(16.0), 64: of_size(17.0)}
+    expected = "the error still falls at the largest size measured: +1.00 dB [+1.00, +1.00] from 32 to 64 samples"
+    assert calibration_size._enough(sizes) == expected
+    assert calibration_size._enough({16: of_size(15.0), 32: of_size(14.0)}).startswith("the error rises at")
 
 
 def test_block_sizes_agree_and_gptq_gains_on_both_sides(record):

@@ -86,7 +86,12 @@ def test_effects_are_mean_differences_over_the_grid():
 
 @pytest.mark.parametrize(
     ("low", "high", "words"),
-    [(0.2, 0.9, "carries over"), (-0.9, -0.2, "is reversed"), (-0.3, 0.4, "does not clearly carry over")],
+    [
+        (0.51, 0.9, "carries over to b"),
+        (0.2, 0.9, "is related to that on b"),
+        (-0.9, -0.2, "is reversed on b"),
+        (-0.3, 0.4, "does not clearly carry over to b"),
+    ],
 )
 def test_the_answer_can_come_out_either_way(low, high, words):
     assert words in domains._rank_answer(domains.Interval((low + high) / 2, low, high), "a", "b")

@@ -161,6 +161,7 @@ class ScriptedLaboratory(Laboratory):
     """Scores by rule; checks that what is asked for could be quantized."""
 
     gain_db: float = 1.0
+    scatter_db: float = 0.0  # up and down from trajectory to trajectory, with a rotation only
 
     def score(
         self, subject: Subject, config: QuantizationConfig, calibration_samples: int | None = None
@@ -168,7 +169,13 @@ class ScriptedLaboratory(Laboratory):
         plan_quantization(subject.model, config)
         assert not config.gptq
         db = {"none": 10.0, "full": 10.0 + self.gain_db}.get(config.rotation, 10.0 + self.gain_db / 2)
-        return {"mean_layer_sqnr_db": db + 2, "eps_sqnr_db": {"guided 1.5": [db, db - 1, db + 1]}}
+        swing = 0.0 if config.rotation == "none" else self.scatter_db
+        noise = [10 ** (-(db + swing * (-1) ** pair) / 10) for pair in range(30)]
+        return {
+            "mean_layer_sqnr_db": db + 2,
+            "eps_sqnr_db": {"guided 1.5": [db, db - 1, db + 1]},
+            "eps_noise_powers": {"guided 1.5": noise},
+        }
 
 
 def laboratory(tmp_path: Path, **options: Any) -> ScriptedLaboratory:
@@ -193,7 +200,10 @@ def test_the_record_is_complete_and_survives_json(tmp_path: Path, is_quick: bool
     gains = record.tables[2]
     expected = ["none", "block:16", "full"] if is_quick else ["none", "block:16", "block:36", "block:72", "full"]
     assert [row[0] for row in gains.rows] == expected
-    assert gains.rows[-1][-1] == pytest.approx(1.0)
+    gain = gains.rows[-1][-1]
+    assert isinstance(gain, Interval) and (gain.low, gain.value, gain.high) == pytest.approx((1.0, 1.0, 1.0))
+    assert gains.rows[0][-1] is None
+    assert len({column.title for column in gains.columns}) == len(gains.columns)
     assert gains.rows[-1][1] == pytest.approx(100 * 40464 / 497664)
     assert len(record.figures) == 2 and len(record.answers) == 2 + len(SUBJECTS)
     repeats = record.measurements["quantize_seconds"]["full"]["fc2"]
@@ -204,6 +214,7 @@ def test_the_time_table_has_median_fastest_and_slowest(tmp_path: Path) -> None:
     table = study(laboratory(tmp_path), timing(SCRIPTED, 0.040), SUBJECTS[:1]).tables[1]
     by_rotation = {row[0]: row for row in table.rows}
     assert by_rotation["full"][1] == Interval(3.75, 3.75, 3.75)
+    assert {column.interval for column in table.columns[1:-2]} == {"fastest and slowest repeat"}
     assert by_rotation["none"][-1] is None
     assert by_rotation["full"][-1].value == pytest.approx(10.0)  # type: ignore[union-attr]  # 5 ms over 50 ms
 
@@ -212,22 +223,32 @@ def test_answers_for_a_rotation_that_helps(tmp_path: Path) -> None:
     record = study(laboratory(tmp_path), timing(SCRIPTED, 0.040), SUBJECTS[:1])
     assert "full 8.13" not in record.answers[0] and "full" in record.answers[0]
     assert "+10.0 %" in record.answers[0]
-    assert "+1.00 dB with full, the best" in record.answers[1]
-    # 28 blocks, 5 ms more in each, for 1 dB.
-    assert "adds 140.0 ms" in record.answers[2] and "140.0 ms a pass for each dB" in record.answers[2]
+    assert "full is highest, better than none (+1.00 dB [+1.00, +1.00]); the cheapest" in record.answers[1]
+    assert record.answers[1].endswith("at most 0.1 dB below it is full.")
+    # 28 blocks, 5 ms more in each.
+    assert "adds 140.0 ms" in record.answers[2] and "for each dB" not in record.answers[2]
+    assert "digits +1.00 dB [+1.00, +1.00], better than none." in record.answers[2]
     assert "+7.00 s in 50 steps" in record.answers[2]
     assert "The fastest rotation is block:16 with 28.0 ms" in record.answers[2]
 
 
 def test_answers_for_a_rotation_that_hurts(tmp_path: Path) -> None:
     record = study(laboratory(tmp_path, gain_db=-1.0), timing(SCRIPTED, 0.040), SUBJECTS[:1])
-    assert "none of the rotations raises" in record.answers[1]
-    assert "-1.00 dB on average: nothing in return" in record.answers[2]
+    assert "no rotation is better than none in the noise prediction" in record.answers[1]
+    assert "is worse than none (-0.50 dB [-0.50, -0.50])" in record.answers[1]
+    assert "digits -1.00 dB [-1.00, -1.00], worse than none." in record.answers[2]
+
+
+def test_a_gain_within_the_scatter_is_no_gain(tmp_path: Path) -> None:
+    record = study(laboratory(tmp_path, gain_db=0.1, scatter_db=3.0), timing(SCRIPTED, 0.040), SUBJECTS[:1])
+    assert "no rotation is better than none" in record.answers[1]
+    assert "not distinguishable from none" in record.answers[1] and "not distinguishable" in record.answers[2]
 
 
 def test_the_cheapest_rotation_that_is_nearly_as_good_is_named(tmp_path: Path) -> None:
-    record = study(laboratory(tmp_path, gain_db=0.1), timing(SCRIPTED, 0.040), SUBJECTS[:1])
-    assert f"within {hadamard_cost.CLOSE_DB:g} dB of it is none" in record.answers[1]
+    for gain, cheapest in ((0.5 * hadamard_cost.CLOSE_DB, "none"), (1.5 * hadamard_cost.CLOSE_DB, "block:16")):
+        record = study(laboratory(tmp_path, gain_db=gain), timing(SCRIPTED, 0.040), SUBJECTS[:1])
+        assert record.answers[1].endswith(f"at most {hadamard_cost.CLOSE_DB:g} dB below it is {cheapest}.")
 
 
 def test_geometry_of_the_bundled_model() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hqdit.analysis.activations import activation_statistics
 from hqdit.experiments import outliers
 from hqdit.experiments.outliers import left_after_rotation_db
 
@@ -46,7 +47,48 @@ def test_the_record(record, require_whole):
     require_whole(record, "outliers")
     assert [row[0] for row in record.tables[0].rows] == ["modulation", "q, k, v", "attention-out", "fc1", "fc2"]
     assert all(row[1] == 2 for row in record.tables[0].rows)  # blocks
-    assert len(record.tables) == 2 and len(record.figures) == 2 * 4
+    assert len(record.tables) == 2 and len(record.figures) == 2 * 6
+
+
+def test_medians_come_with_their_range_over_blocks(record):
+    table = record.tables[0]
+    assert {column.interval for column in table.columns[2:]} == {"range over blocks"}
+    (name, *_) = record.measurements
+    entries = [entry for entry in record.measurements[name]["inputs"] if entry["input"].endswith("fc1")]
+    kurtosis = [entry["before"]["kurtosis"] for entry in entries]
+    found = next(row for row in table.rows if row[0] == "fc1")[4]
+    assert table.columns[4].title == "Kurtosis, before" and len(kurtosis) == 2
+    expected = [sum(kurtosis) / 2, min(kurtosis), max(kurtosis)]
+    assert [found.value, found.low, found.high] == pytest.approx(expected, rel=1e-4)
+
+
+def test_moments_by_layer_and_time_step_are_in_the_record(record, lab, tiny_subject):
+    exact = activation_statistics(tiny_subject.model, lab.inputs(tiny_subject), outliers.CONFIG)
+    kept = record.measurements["digits"]
+    assert kept["timesteps"] == list(lab.inputs(tiny_subject).timesteps)
+    for entry in kept["inputs"]:
+        of_layer = exact[entry["layers"][-1]]
+        for side, found in (("before", of_layer.before), ("after", of_layer.after)):
+            numbers = entry[side]
+            assert numbers["skewness_by_timestep"] == pytest.approx(found.by_timestep.skewness, rel=1e-4)
+            assert numbers["kurtosis_by_timestep"] == pytest.approx(found.by_timestep.kurtosis, rel=1e-4)
+            assert numbers["channel_absmax_by_timestep"] == pytest.approx(found.by_timestep.absmax, rel=1e-4)
+            assert max(numbers["channel_absmax"]) == max(numbers["channel_absmax_by_timestep"])
+    maps = [figure for figure in record.figures if isinstance(figure, outliers.Heatmap)]
+    assert [figure.title.split(",")[0] for figure in maps[:4]] == [
+        f"{moment} {side} the rotation" for moment in ("Kurtosis", "Skewness") for side in ("before", "after")
+    ]
+    assert all(figure.x_label.startswith("time step") and figure.y_label == "input" for figure in maps)
+    for row, entry in zip(maps[2].values, kept["inputs"], strict=True):
+        assert row == pytest.approx(entry["before"]["skewness_by_timestep"], rel=1e-4)
+
+
+def test_moments_of_equal_numbers_are_none():
+    side = {"kurtosis_by_timestep": [math.nan, 3.0], "max_over_median": math.inf}
+    entry = {"input": "i", "layers": ["l"], "left_db": 1.23456789, "before": side, "after": side}
+    found = outliers._numbers(entry)
+    assert found["before"] == {"kurtosis_by_timestep": [None, 3.0], "max_over_median": math.inf}
+    assert found["left_db"] == 1.2346
 
 
 def test_injected_outliers_are_seen_and_rotated_away_but_stay_in_the_weights(record):

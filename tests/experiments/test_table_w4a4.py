@@ -60,7 +60,7 @@ def test_the_record(lab, tiny_subject, loud_subject, monkeypatch, require_whole)
     record = table_w4a4.run(lab)
     require_whole(record, "table-w4a4")
     titles = [table.title for table in record.tables]
-    assert len(titles) == 2 * 2 + 2 + 2 and len(set(titles)) == len(titles)
+    assert len(titles) == 2 * 3 + 2 + 2 and len(set(titles)) == len(titles)
     grid = record.tables[0]
     assert [row[0] for row in grid.rows] == list(FEW)
     assert all(isinstance(cell, Interval) for row in grid.rows for cell in row[1:])

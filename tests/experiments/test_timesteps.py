@@ -167,5 +167,7 @@ def test_the_record(lab, tiny_subject, monkeypatch, require_whole):
         assert plain == pytest.approx(10 * math.log10(s**2 + (s - 1) ** 2))
         assert measured.low <= measured.value <= measured.high and before.value > 0 and after.value > -20
     assert any("Accumulation" in answer for answer in record.answers)
+    heatmap = record.figures[0]
+    assert (heatmap.x_label, heatmap.y_label) == ("time step, in the order of sampling", "block")
     again = timesteps.run(lab)
     assert again.to_json() == record.to_json()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiny import require_complete
 
 from hqdit.errors import NumericsError
-from hqdit.quantizers.smoothing import smoothing_factors
+from hqdit.quantizers.smoothing import FACTOR_RANGE, smoothing_factors
 
-magnitudes = st.lists(st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)), min_size=1, max_size=8)
+magnitudes = st.lists(st.tuples(st.floats(1e-5, 1e5), st.floats(1e-5, 1e5)), min_size=1, max_size=8)
 
 
 @given(magnitudes, st.floats(0, 1))
@@ -26,6 +26,14 @@ def test_both_operands_get_their_share_of_the_range(pairs: list[tuple[float, flo
         product = math.log(large) + math.log(column)
         assert math.log(large) - math.log(s) == pytest.approx((1 - alpha) * product, abs=1e-12 + 1e-13 * abs(product))
         assert math.log(column) + math.log(s) == pytest.approx(alpha * product, abs=1e-12 + 1e-13 * abs(product))
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "alpha"), [(1e-40, 1.0, 1.0), (1e-20, 1.0, 0.5), (1e30, 1e-30, 0.5), (1.0, 1e9, 0.0)]
+)
+def test_factors_stay_within_their_range(x: float, w: float, alpha: float) -> None:
+    (factor,) = smoothing_factors(torch.tensor([x], dtype=torch.float64), torch.tensor([w], dtype=torch.float64), alpha)
+    assert float(factor) in FACTOR_RANGE and math.isfinite(float(factor.reciprocal().to(torch.float32)))
 
 
 def test_by_hand() -> None:

@@ -74,6 +74,10 @@ def test_a_nan_cannot_be_recorded() -> None:
         dataclasses.replace(RECORD, measurements={"deep": [{"x": math.nan}]}).to_json()
 
 
+def deep(levels: int) -> list[Any]:
+    return [deep(levels - 1)] if levels else []
+
+
 def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     values = stored()
     change(values)
@@ -101,12 +105,83 @@ def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         changed(lambda v: v["tables"][0]["rows"].append(["x"])),
         changed(lambda v: v["tables"][0]["rows"][0].__setitem__(1, {"value": 1})),
         changed(lambda v: v["images"][0].update(file=None)),
+        changed(lambda v: v["images"][0].update(file="a\0b")),
+        changed(lambda v: v.update(seconds=math.nan)),
+        changed(lambda v: v.update(seconds="12")),
+        changed(lambda v: v.update(seconds="inf")),
+        changed(lambda v: v.update(seconds=None)),
+        changed(lambda v: v.update(answers="There.")),
+        changed(lambda v: v.update(config=[["seed", 0]])),
+        changed(lambda v: v.update({"new\nline": 0})),
+        changed(lambda v: v.update(tables={"t": 0})),
+        *(
+            changed(lambda v, key=key, value=value: v["tables"][0]["columns"][1].update({key: value}))
+            for key, value in {"title": 1, "unit": None, "meaning": ["x"], "interval": 95, "colour": "red"}.items()
+        ),
+        *(
+            changed(lambda v, digits=digits: v["tables"][0]["columns"][1].update(digits=digits))
+            for digits in (-1, 13, 10**9, 2.0, "2", True, None)
+        ),
+        changed(lambda v: v["tables"][0].update(title=None)),
+        changed(lambda v: v["tables"][0].update(caption=3)),
+        changed(lambda v: v["tables"][0].update(rows=["ab"])),
+        changed(lambda v: v["tables"][0]["rows"][0].__setitem__(1, math.nan)),
+        changed(lambda v: v["tables"][0]["rows"][0].__setitem__(1, True)),
+        changed(lambda v: v["tables"][0]["rows"][0].__setitem__(1, [1])),
+        changed(lambda v: v["tables"][0]["rows"][0].__setitem__(1, {"value": 3, "low": 1, "high": 2})),
+        changed(lambda v: v["tables"][0]["rows"][0].__setitem__(1, {"value": 10**400, "low": 1, "high": 2})),
+        *(
+            changed(lambda v, place=place, key=key: v["figures"][place].update({key: 1}))
+            for place in range(5)
+            for key in ("title", "caption", *(["x_label"] if place in (0, 2) else []), *(["y_label"] * (place != 2)))
+        ),
+        changed(lambda v: v["figures"][0].update(x_scale="cubic")),
+        changed(lambda v: v["figures"][2].update(y_scale=["log"])),
+        changed(lambda v: v["figures"][3].update(value_label=1)),
+        changed(lambda v: v["figures"][0].update(series=[])),
+        changed(lambda v: v["figures"][0]["series"][0].update(x=[1.0, None, 2.0])),
+        changed(lambda v: v["figures"][0]["series"][0].update(y=[1.0, math.nan, 2.0])),
+        changed(lambda v: v["figures"][2].update(edges=[0.0, 0.0, 1.0])),
+        changed(lambda v: v["figures"][4].update(shares=[{"e2m1": "half"}])),
+        changed(lambda v: v["figures"][4].update(shares=[{"e2m1": -0.5}])),
+        changed(lambda v: v.update(measurements={"deep": [{"x": math.nan}]})),
+        changed(lambda v: v.update(environment={"deep": deep(60)})),
     ],
 )
 def test_what_is_no_record_is_refused_in_one_line(values: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"^here/record\.json: found .*needed .*Fix: ") as error:
         RunRecord.from_json(values, "here/record.json")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", [{}, {"unit": "dB"}])
+def test_a_column_without_optional_keys_has_its_defaults(column: dict[str, Any]) -> None:
+    values = changed(lambda v: v["tables"][0].update(columns=[{"title": "a"}, {"title": "b", **column}]))
+    found = RunRecord.from_json(values, "r").tables[0].columns[1]
+    assert found == Column("b", **column) and found.interval == "95 % confidence interval"
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"), [(2.0, 0.0, 1.0), (-1.0, 0.0, 1.0), (0.5, 1.0, 0.0), (math.nan, 0.0, 1.0)]
+)
+def test_an_interval_holds_its_value(value: float, low: float, high: float) -> None:
+    with pytest.raises(UsageError, match="interval: found .* needed low <= value <= high"):
+        Interval(value, low, high)
+    with pytest.raises(UsageError, match="interval"):
+        Interval(1e300, 0.0, 1e299)
+
+
+def test_an_interval_forgives_rounding_and_takes_infinite_ends() -> None:
+    Interval(0.1 + 0.2, 0.0, 0.3)
+    for ends in ((1.0, -math.inf, math.inf), (math.inf, math.inf, math.inf), (math.inf, 0.0, math.inf)):
+        Interval(*ends)
+
+
+@pytest.mark.parametrize("digits", [-1, 13, True])
+def test_a_column_has_at_most_twelve_digits(digits: int) -> None:
+    assert Column("a", digits=12).digits == 12
+    with pytest.raises(UsageError, match="column 'a': found .* digits, needed 0 to 12"):
+        Column("a", digits=digits)
 
 
 def test_rows_and_series_must_fit_their_tables_and_figures() -> None:

@@ -230,7 +230,10 @@ def test_format_maps_stack_shares_to_the_whole(drawn: list[Axes]) -> None:
     }
     assert shares == {"e2m1": [100, 25, 0], "e1m2": [0, 75, 0], "e3m0": [0, 0, 100]}
     assert axes.containers[1][1].get_y() == 25
+    assert axes.get_ylabel() == "output channels (%)"
     assert len({bars[0].get_hatch() for bars in axes.containers}) == 3
+    draw(dataclasses.replace(FORMATS, y_label="layers (%)"))
+    assert drawn[1].get_ylabel() == "layers (%)"
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,22 @@ def test_cells_show_units_intervals_and_what_is_missing(folder: Path) -> None:
     assert "exact: no difference" in remark and "95 % confidence interval" in remark
 
 
+def test_brackets_say_what_they_hold_by_column(folder: Path) -> None:
+    cell = Interval(2.0, 1.0, 3.0)
+
+    def remark(*intervals: str) -> list[str]:
+        columns = tuple(Column(f"c{place}", "ms", interval=text) for place, text in enumerate(intervals))
+        table = Table(
+            "t", (Column("n"), *columns, Column("d", interval="never")), (("x", *(cell,) * len(columns), 1.0),)
+        )
+        return [text for text in Page(rendered(folder, tables=(table,))).texts("p") if text.startswith("In brackets")]
+
+    assert remark("range of 5 repeats") == remark("range of 5 repeats", "range of 5 repeats")
+    assert remark("range of 5 repeats") == ["In brackets: range of 5 repeats."]
+    assert remark("a", "b", "a") == ["In brackets: a (c0 (ms), c2 (ms)); b (c1 (ms))."]
+    assert remark() == []
+
+
 def test_a_rule_is_drawn_where_a_group_of_rows_begins(folder: Path) -> None:
     rows = [attributes.get("class") for attributes in Page(rendered(folder)).attributes("tr")]
     assert rows == [None, None, None, "group"]

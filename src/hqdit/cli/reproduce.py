@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hqdit.cli.options import BackendName, Debug, Quiet, Seed, Threads, running, say
 from hqdit.errors import UsageError
+
+if TYPE_CHECKING:
+    from hqdit.records.run_record import RunRecord
 
 ALL = "all"
 
@@ -46,11 +49,23 @@ def reproduce(
             if not quiet:
                 say(text)
 
+        # Read before hours of work: a record that cannot be drawn is found now.
+        earlier = _earlier_records(target, chosen)
         records = run_experiments(chosen, target, seed=seed, is_quick=quick, is_full=full, tell=tell)
-        publish_text(target / "report.html", render_report(records))
+        order = {name: place for place, name in enumerate(EXPERIMENTS)}
+        shown = sorted([*earlier, *records], key=lambda entry: (order.get(entry[0].name, len(order)), entry[0].name))
+        publish_text(target / "report.html", render_report(shown))
         if not quiet:
             for _, record in records:
                 say(f"\n{record.title}")
                 for answer in record.answers:
                     say(f"  {answer}")
             say(f"\n{out / 'report.html'}: the report; records and pictures are beside it")
+
+
+def _earlier_records(out: Path, chosen: list[str]) -> list[tuple[Path, RunRecord]]:
+    """The records in folders below `out` that this run will not write."""
+    from hqdit.records.run_record import RECORD_NAME, read_run_records
+
+    folders = sorted(file.parent for file in out.glob(f"*/{RECORD_NAME}"))
+    return [entry for folder in folders if folder.name not in chosen for entry in read_run_records(folder)]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hqdit.records.run_record import Interval
 
 _BATCH = 256  # images that are floating point at once
+_FEWEST_FOR_FID = 10_000  # images of each side; the fewest that published figures are made of
 
 
 def score(
@@ -93,6 +94,7 @@ def score(
         right = _features(extractor, references, channels, "features of the reference")
         left = _features(extractor, pixels, channels, "features of the samples")
         metrics = image_metrics(extractor, left, right, resamples=count, adm_fp16=adm_fp16, seed=seed)
+        warnings = few_images(extractor, len(left.pooled), len(right.pooled))
         result = {
             "samples": len(left.pooled),
             "reference": reference,
@@ -104,6 +106,7 @@ def score(
             "precision_recall_neighbours": NEIGHBOURS,
             "precision_recall_dtype": "float16" if adm_fp16 else "float64",
             "resamples": count,
+            "warnings": warnings,
             "seed": seed,
             "environment": describe_environment(),
         }
@@ -113,8 +116,21 @@ def score(
         say(f"{len(left.pooled)} samples against {len(right.pooled)} reference images ({reference})")
         if has_statistics:
             say("the mean and covariance stored in the reference are not used; ADM's own suite would use them")
+        for warning in warnings:
+            say(f"warning: {warning}")
         for name, value in metrics.items():
             say(f"{name}: {_shown(value)}")
+
+
+def few_images(extractor: FeatureExtractor, samples: int, references: int) -> list[str]:
+    """The warning that FID and sFID of few images need; surrogates have no published numbers to be taken for."""
+    if not extractor.is_inception or min(samples, references) >= _FEWEST_FOR_FID:
+        return []
+    return [
+        f"FID and sFID of {samples:,} samples against {references:,} reference images, fewer than "
+        f"{_FEWEST_FOR_FID:,}: both depend on the number of images and cannot be compared with published ones, which "
+        "are mostly of 50,000 samples"
+    ]
 
 
 def _features(extractor: FeatureExtractor, images: Tensor | Pixels, channels: int, what: str) -> Features:

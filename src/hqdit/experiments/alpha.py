@@ -17,7 +17,7 @@ from hqdit.evaluation.fidelity import PAIRS
 from hqdit.experiments.image_scores import FLOAT32, image_rows, image_table
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory, eps_gain, format_share
 from hqdit.experiments.subjects import Subject
-from hqdit.experiments.wording import signed_db
+from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.formats.catalog import FP4_FORMATS
 from hqdit.numerics.codes import decode, unpack_codes
 from hqdit.numerics.error import SignalToNoise
@@ -78,6 +78,8 @@ def run(lab: Laboratory) -> RunRecord:
             "alpha acts through the chosen formats alone: values of alpha that choose the same ones give the same "
             "model, and their rows are equal.",
             "Underflow is the share of non-zero weights that become zero; precision is the SQNR of those that do not.",
+            "The best of several values is found on the trajectories that judge it, which flatters its gain.",
+            *interval_notes("the rotation's signs"),
         ),
     )
 
@@ -245,29 +247,46 @@ def _format_map(name: str, rotation: str, sweep: Sweep) -> FormatMap:
         tuple(f"alpha = {alpha:g}" for alpha in sweep),
         shares,
         "share of the layers",
+        y_label="layers (%)",
     )
 
 
 def _answer(name: str, rotation: str, sweep: Sweep) -> str:
-    """How far alpha moves things at all, which value is best, and what the default loses."""
-    best = max(sweep, key=lambda alpha: sweep[alpha]["score"]["eps_sqnr_db"][JUDGED][0])
+    """How far alpha moves things at all, which value is best, and how the others compare with the default."""
     values = [entry["score"]["eps_sqnr_db"][JUDGED][0] for entry in sweep.values()]
-    gain = eps_gain(sweep[best]["score"], sweep[DEFAULT]["score"], JUDGED)
-    choices = len(_alike(sweep))
     low, high = sweep[min(sweep)]["weights"], sweep[max(sweep)]["weights"]
-    if best == DEFAULT:
-        verdict = f"the default {DEFAULT:g} is best"
-    elif gain.low > 0:
-        verdict = f"{best:g} is better than the default {DEFAULT:g} ({signed_db(gain)})"
-    else:
-        verdict = f"no value can be told from the default {DEFAULT:g} (best: {best:g}, {signed_db(gain)})"
     return (
         f"{name}, {ROTATIONS[rotation]}: from alpha = {min(sweep):g} to {max(sweep):g} the mean range goes from "
         f"{low['range_octaves']:.1f} to {high['range_octaves']:.1f} octaves, underflow from {low['underflow']:.1%} to "
         f"{high['underflow']:.1%} and precision from {low['precision_db']:.1f} to {high['precision_db']:.1f} dB; "
-        f"{len(sweep)} values make {choices} different choices of formats and move the noise prediction by "
-        f"{max(values) - min(values):.2f} dB; {verdict}."
+        f"{len(sweep)} values make {len(_alike(sweep))} different choices of formats and move the noise prediction by "
+        f"{max(values) - min(values):.2f} dB; {_verdict(sweep)}."
     )
+
+
+def _verdict(sweep: Sweep) -> str:
+    """The best choice over the runner-up, then every other choice against the default's."""
+    ranked = sorted(_alike(sweep), key=lambda alphas: -sweep[alphas[0]]["score"]["eps_sqnr_db"][JUDGED][0])
+    if len(ranked) == 1:
+        return "all values choose the same formats"
+    best, runner_up = ranked[:2]
+    lead = eps_gain(sweep[best[0]]["score"], sweep[runner_up[0]]["score"], JUDGED)
+    parts = [f"highest with {_words(best)}, {compared(lead)} the next choice, {_words(runner_up)} ({signed_db(lead)})"]
+    by_word: dict[str, list[str]] = {}
+    for alphas in ranked:
+        if DEFAULT not in alphas:
+            gain = eps_gain(sweep[alphas[0]]["score"], sweep[DEFAULT]["score"], JUDGED)
+            by_word.setdefault(compared(gain), []).append(f"{_words(alphas)} ({signed_db(gain)})")
+    parts += [f"{word} the default {DEFAULT:g}: {', '.join(found)}" for word, found in by_word.items()]
+    return "; ".join(parts)
+
+
+def _words(alphas: Sequence[float]) -> str:
+    """One choice by its values of alpha; the default stands for those that choose as it does."""
+    if DEFAULT not in alphas:
+        return " = ".join(f"{alpha:g}" for alpha in alphas)
+    others = " = ".join(f"{alpha:g}" for alpha in alphas if alpha != DEFAULT)
+    return f"the default {DEFAULT:g}" + (f" (= {others})" if others else "")
 
 
 def _image_answer(name: str, rows: Sequence[Mapping[str, Any]]) -> str:

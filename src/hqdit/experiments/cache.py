@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from hqdit.pipeline.publish import publish_text
 
 @cache
 def code_digest() -> str:
-    """SHA-256 over the package's Python sources: a result of other code is not taken for one of this code."""
+    """SHA-256 over every file of the package: sources, bundled models and classifiers, compiled kernels.
+
+    A result of other code, another model or other kernels is not taken for one of these.
+    """
     digest = hashlib.sha256()
-    root = Path(hqdit.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for root in sorted(map(Path, hqdit.__path__)):
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and path.suffix != ".pyc":
+                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -46,7 +51,7 @@ class ResultCache:
     def _path(self, key: Mapping[str, Any], suffix: str) -> Path:
         surroundings = {
             "code": code_digest(),
-            "torch": torch.__version__,
+            **{name: version(name) for name in ("torch", "diffusers", "numpy")},
             "backend": current_backend().description,
             "threads": torch.get_num_threads(),
         }

@@ -16,10 +16,10 @@ from hqdit.calibration.capture import BlockStream
 from hqdit.calibration.samples import CalibrationSet
 from hqdit.evaluation.bootstrap import bootstrap_mean
 from hqdit.evaluation.fidelity import PAIRS, noise_fidelity
-from hqdit.experiments.gptq_blocks import block_answer, block_sizes, block_table
+from hqdit.experiments.gptq_blocks import OVER_LAYERS, block_answer, block_sizes, block_table
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory, eps_gain
 from hqdit.experiments.subjects import Subject
-from hqdit.experiments.wording import compared, signed_db
+from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.gptq.solver import BLOCK_COLUMNS
 from hqdit.models.adapter import adapter_for
 from hqdit.numerics.error import SignalToNoise
@@ -50,17 +50,18 @@ def run(lab: Laboratory) -> RunRecord:
     sizes = {subject: SIZES[subject][:: 3 if lab.is_quick else 1] for subject in lab.subjects(SIZES)}
     for subject, counts in sizes.items():
         nearest = lab.score(subject, CONFIG.replace(gptq=False))
-        cells = [("nearest", 0), *(("gptq", count) for count in counts)]
+        control = lab.cache.numbers(
+            _key(lab, subject, method="nearest", samples=list(counts)), partial(_control, lab, subject, counts)
+        )
         found = {
-            (method, count): lab.cache.numbers(
-                _key(lab, subject, method=method, samples=count),
-                partial(_measure, lab, subject, method == "gptq", count),
+            count: lab.cache.numbers(
+                _key(lab, subject, method="gptq", samples=count), partial(_measure, lab, subject, count)
             )
-            for method, count in track(cells, f"calibration sizes, {subject.name}")
+            for count in track(counts, f"calibration sizes, {subject.name}")
         }
-        tables.append(_table(subject.name, found, nearest, counts, lab.sampling.steps))
-        figures += _lines(subject.name, found, counts)
-        answers += _answers(subject.name, found, nearest, counts)
+        tables.append(_table(subject.name, found, nearest, control, lab.sampling.steps))
+        figures += _lines(subject.name, found, nearest, control)
+        answers += _answers(subject.name, found, nearest, control)
     smallest = next(iter(sizes))
     key = _key(lab, smallest, blocks=list(BLOCK_SIZES), samples=BLOCK_SAMPLES)
     blocks = lab.cache.numbers(key, partial(block_sizes, lab, smallest, CONFIG, BLOCK_SIZES, BLOCK_SAMPLES))
@@ -80,11 +81,14 @@ def run(lab: Laboratory) -> RunRecord:
             "block_samples": BLOCK_SAMPLES,
         },
         notes=(
-            "A sample is one tuple of noisy image, time step and class. Overfitting is the difference between the mean "
-            "layer SQNR on the calibration samples themselves and on as many drawn with another seed, on inputs of the "
-            "float model; rounding to nearest, which sees no samples, shows what such a difference is worth.",
+            "A sample is one tuple of noisy image, time step and class. The gap is the difference between the mean "
+            f"layer SQNR on the calibration samples themselves (at most {MEASURED_SAMPLES}) and on {MEASURED_SAMPLES} "
+            "drawn with another seed, on inputs of the float model. Rounding to nearest learns nothing from samples: "
+            "its gap on the very same ones is what they are easier or harder by, and overfitting is GPTQ's gap less "
+            "that.",
             "Modulation layers are left out of it: they are calibrated on 8,192 pairs of time step and class at any "
             "number of samples.",
+            *interval_notes("the rotation's signs, and of the calibration data at each number of samples"),
         ),
     )
 
@@ -93,12 +97,10 @@ def _key(lab: Laboratory, subject: Subject, **more: Any) -> dict[str, Any]:
     return {"what": "calibration size", "subject": subject.name, "config": CONFIG.to_json(), **lab.settings, **more}
 
 
-def _measure(lab: Laboratory, subject: Subject, uses_gptq: bool, count: int) -> dict[str, Any]:
-    """Noise prediction on held-out trajectories, and layers on seen and on unseen calibration samples."""
-    config = CONFIG.replace(gptq=uses_gptq)
-    seen = lab.calibration(subject, count or MEASURED_SAMPLES)
-    unseen = lab.calibration(subject, MEASURED_SAMPLES, seed=lab.seed + 1)
-    model = lab.quantized(subject, config, seen)
+def _measure(lab: Laboratory, subject: Subject, count: int) -> dict[str, Any]:
+    """GPTQ: noise prediction on held-out trajectories, and layers on seen and on unseen calibration samples."""
+    seen = lab.calibration(subject, count)
+    model = lab.quantized(subject, CONFIG, seen)
     noise = noise_fidelity(subject.model, model, lab.inputs(subject), *GUIDANCES)
     powers = noise.branches[JUDGED]
     interval = powers.db_interval
@@ -106,8 +108,23 @@ def _measure(lab: Laboratory, subject: Subject, uses_gptq: bool, count: int) -> 
         "eps_sqnr_db": [interval.value, interval.low, interval.high],
         "eps_noise_powers": {JUDGED: powers.noise.sum(axis=0).tolist()},
         "seen": layer_sqnr(subject.model, model, _first(seen), lab.seed),
-        "unseen": layer_sqnr(subject.model, model, unseen, lab.seed + 1),
+        "unseen": _unseen(lab, subject, model),
     }
+
+
+def _control(lab: Laboratory, subject: Subject, counts: tuple[int, ...]) -> dict[str, Any]:
+    """Rounding to nearest: layers on the samples that GPTQ sees at every count, and on unseen ones."""
+    model = lab.quantized(subject, CONFIG.replace(gptq=False))
+    seen = {
+        str(count): layer_sqnr(subject.model, model, _first(lab.calibration(subject, count)), lab.seed)
+        for count in counts
+    }
+    return {"seen": seen, "unseen": _unseen(lab, subject, model)}
+
+
+def _unseen(lab: Laboratory, subject: Subject, model: nn.Module) -> dict[str, float]:
+    data = lab.calibration(subject, MEASURED_SAMPLES, seed=lab.seed + 1)
+    return layer_sqnr(subject.model, model, data, lab.seed + 1)
 
 
 def _first(data: CalibrationSet) -> CalibrationSet:
@@ -143,39 +160,49 @@ _COLUMNS = (
     Column("Gain", "dB", 2, "over rounding to nearest, paired by trajectory"),
     Column("Layers, seen", "dB", 2, "mean layer SQNR on the calibration samples"),
     Column("Layers, unseen", "dB", 2, "mean layer SQNR on samples of another seed"),
-    Column("Gap", "dB", 2, "seen less unseen, mean and 95 % interval over layers: what is overfitted"),
+    Column("Gap", "dB", 2, "seen less unseen, mean over layers", interval=OVER_LAYERS),
+    Column("Gap, nearest", "dB", 2, "of rounding to nearest on the same seen samples", interval=OVER_LAYERS),
+    Column("Overfitting", "dB", 2, "gap less that of rounding to nearest, paired by layer", interval=OVER_LAYERS),
 )
 
+#: What was measured with GPTQ, by the number of samples.
+BySize = Mapping[int, Mapping[str, Any]]
 
-def _gap(found: Mapping[str, Any]) -> Interval:
-    return bootstrap_mean([found["seen"][name] - found["unseen"][name] for name in found["seen"]])
+
+def _gaps(found: Mapping[str, Any], control: Mapping[str, Any], count: int) -> tuple[Interval, Interval, Interval]:
+    """Seen less unseen of GPTQ and of rounding to nearest on the same samples, and the difference, over layers."""
+    layers = list(found["seen"])
+    of_gptq = [found["seen"][name] - found["unseen"][name] for name in layers]
+    of_nearest = [control["seen"][str(count)][name] - control["unseen"][name] for name in layers]
+    net = [gptq - nearest for gptq, nearest in zip(of_gptq, of_nearest, strict=True)]
+    return bootstrap_mean(of_gptq), bootstrap_mean(of_nearest), bootstrap_mean(net)
 
 
-def _table(
-    name: str, found: Mapping[tuple[str, int], Any], nearest: Mapping[str, Any], counts: tuple[int, ...], steps: int
-) -> Table:
-    rows: list[tuple[Cell, ...]] = []
-    for (method, count), of_size in found.items():
-        gain = eps_gain(of_size, nearest, JUDGED) if method == "gptq" else None
+def _table(name: str, found: BySize, nearest: Mapping[str, Any], control: Mapping[str, Any], steps: int) -> Table:
+    plain = (Interval(*nearest["eps_sqnr_db"][JUDGED]), None, None, fmean(control["unseen"].values()))
+    rows: list[tuple[Cell, ...]] = [("nearest", None, *plain, None, None, None)]
+    for count, of_size in found.items():
+        judged, gain = Interval(*of_size["eps_sqnr_db"]), eps_gain(of_size, nearest, JUDGED)
         layers = (fmean(of_size[side].values()) for side in ("seen", "unseen"))
-        rows.append((method, count or None, Interval(*of_size["eps_sqnr_db"]), gain, *layers, _gap(of_size)))
+        rows.append(("gptq", count, judged, gain, *layers, *_gaps(of_size, control, count)))
     counted = f"{PAIRS} held-out trajectories of {steps} steps; layers on up to {MEASURED_SAMPLES} samples a side"
     return Table(f"Calibration samples, {name}", _COLUMNS, tuple(rows), counted)
 
 
-def _lines(name: str, found: Mapping[tuple[str, int], Any], counts: tuple[int, ...]) -> tuple[Lines, Lines]:
-    x = tuple(map(float, counts))
-    eps = [found["gptq", count]["eps_sqnr_db"] for count in counts]
-    level = found["nearest", 0]["eps_sqnr_db"]
+def _lines(name: str, found: BySize, nearest: Mapping[str, Any], control: Mapping[str, Any]) -> tuple[Lines, Lines]:
+    x = tuple(map(float, found))
+    level = nearest["eps_sqnr_db"][JUDGED]
     judged = (
-        Series("GPTQ", *_bounds(eps, x)),
-        Series("nearest", *_bounds([level] * len(counts), x)),
+        Series("GPTQ", *_bounds([of_size["eps_sqnr_db"] for of_size in found.values()], x)),
+        Series("nearest", *_bounds([level] * len(x), x)),
     )
     layers = []
     for side, title in (("seen", "calibration samples"), ("unseen", "held-out samples")):
-        layers.append(Series(f"GPTQ, {title}", tuple(fmean(found["gptq", c][side].values()) for c in counts), x))
-    flat = fmean(found["nearest", 0]["unseen"].values())
-    layers.append(Series("nearest, held-out samples", (flat,) * len(counts), x))
+        y = tuple(fmean(of_size[side].values()) for of_size in found.values())
+        layers.append(Series(f"GPTQ, {title}", y, x))
+    same = tuple(fmean(control["seen"][str(count)].values()) for count in found)
+    layers.append(Series("nearest, calibration samples", same, x))
+    layers.append(Series("nearest, held-out samples", (fmean(control["unseen"].values()),) * len(x), x))
     return (
         Lines(
             f"Noise prediction by calibration samples, {name}",
@@ -201,17 +228,31 @@ def _bounds(found: list[list[float]], x: tuple[float, ...]) -> tuple[tuple[float
     return value, x, low, high
 
 
-def _answers(
-    name: str, found: Mapping[tuple[str, int], Any], nearest: Mapping[str, Any], counts: tuple[int, ...]
-) -> list[str]:
-    small, large = found["gptq", counts[0]], found["gptq", counts[-1]]
-    gaps = _gap(small), _gap(large), _gap(found["nearest", 0])
-    gains = [eps_gain(found["gptq", count], nearest, JUDGED) for count in counts]
-    enough = next(count for count in counts if eps_gain(large, found["gptq", count], JUDGED).low <= 0)
+def _answers(name: str, found: BySize, nearest: Mapping[str, Any], control: Mapping[str, Any]) -> list[str]:
+    ends = (min(found), max(found))
+    gaps = [_gaps(found[count], control, count) for count in ends]
+    gains = [eps_gain(found[count], nearest, JUDGED) for count in ends]
+    overfitted = "; ".join(
+        f"with {count} samples {signed_db(net)} (GPTQ {signed_db(gap)}, rounding to nearest on the same samples "
+        f"{signed_db(of_nearest)})"
+        for count, (gap, of_nearest, net) in zip(ends, gaps, strict=True)
+    )
     return [
-        f"{name}: with {counts[0]} samples, layers are {signed_db(gaps[0])} better on the calibration samples than on "
-        f"others, with {counts[-1]} {signed_db(gaps[1])}; rounding to nearest shows {signed_db(gaps[2])}.",
-        f"{name}: GPTQ is {compared(gains[0])} rounding to nearest with {counts[0]} samples ({signed_db(gains[0])} in "
-        f"the guided noise prediction) and {compared(gains[-1])} it with {counts[-1]} ({signed_db(gains[-1])}); from "
-        f"{enough} samples on, more can no longer be told from it.",
+        f"{name}: overfitting, by which layers are better on the calibration samples than on others beyond what "
+        f"rounding to nearest shows: {overfitted}.",
+        f"{name}: GPTQ is {compared(gains[0])} rounding to nearest with {ends[0]} samples ({signed_db(gains[0])} in "
+        f"the guided noise prediction) and {compared(gains[1])} it with {ends[1]} ({signed_db(gains[1])}); "
+        f"{_enough(found)}.",
     ]
+
+
+def _enough(found: BySize) -> str:
+    """The smallest number of samples from which no larger one can be told, if there is one."""
+    counts = sorted(found)
+    for position, count in enumerate(counts[:-1]):
+        more = [eps_gain(found[larger], found[count], JUDGED) for larger in counts[position + 1 :]]
+        if all(gain.low <= 0 <= gain.high for gain in more):
+            return f"from {count} samples on, no larger number of those measured can be told from it"
+    last = eps_gain(found[counts[-1]], found[counts[-2]], JUDGED)
+    change = "the error still falls" if last.low > 0 else "the error rises"
+    return f"{change} at the largest size measured: {signed_db(last)} from {counts[-2]} to {counts[-1]} samples"

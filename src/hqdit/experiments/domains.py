@@ -18,7 +18,7 @@ from hqdit.evaluation.bootstrap import bootstrap_interval
 from hqdit.evaluation.fidelity import EvaluationInputs, noise_fidelity
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory, eps_gain
 from hqdit.experiments.subjects import Subject
-from hqdit.experiments.wording import signed_db
+from hqdit.experiments.wording import interval_notes, signed_db
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.progress import track
 from hqdit.records.run_record import Bars, Cell, Column, Interval, Lines, RunRecord, Series, Table
@@ -35,6 +35,8 @@ GRID: Mapping[str, tuple[Any, ...]] = {
 #: Of the evaluation's pairs, and calibration samples: the grid compares settings that share both.
 TRAJECTORIES = 16
 CALIBRATION_SAMPLES = 64
+#: Least rank correlation, at the lower end of its interval, at which the order of settings counts as the same.
+CARRIES_OVER = 0.5
 JUDGED = f"guided {GUIDANCES[0]:g}"
 
 Float64Array = npt.NDArray[np.float64]
@@ -110,9 +112,11 @@ def run(lab: Laboratory) -> RunRecord:
         },
         notes=(
             "act_order is on where an odd number of the other settings differ from their defaults, which halves the "
-            "grid; the interval of the rank correlation is over settings, the others are over trajectories.",
+            "grid. The interval of the rank correlation resamples the settings of this one grid, which depend on each "
+            "other, and says nothing about other grids or data sets; the other intervals are over trajectories.",
             "The best setting of a grid is chosen by the same trajectories that judge it, which flatters it a little: "
             "a regret near zero is an upper bound.",
+            *interval_notes("the rotation's signs and the calibration data"),
         ),
         measurements={"spearman": [rho.value, rho.low, rho.high]},
     )
@@ -268,10 +272,16 @@ def _effect_bars(effects: Mapping[str, Mapping[str, Interval]]) -> Bars:
 
 
 def _rank_answer(rho: Interval, first: str, second: str) -> str:
-    verdict = "carries over" if rho.low > 0 else "is reversed" if rho.high < 0 else "does not clearly carry over"
+    """Weak correlation is relation; to say that the order carries over takes a lower bound above `CARRIES_OVER`."""
+    if rho.low > CARRIES_OVER:
+        verdict = f"carries over to {second}"
+    elif rho.low > 0:
+        verdict = f"is related to that on {second}"
+    else:
+        verdict = f"is reversed on {second}" if rho.high < 0 else f"does not clearly carry over to {second}"
     return (
-        f"The order of the settings on {first} {verdict} to {second}: rank correlation {rho.value:.2f} "
-        f"[{rho.low:.2f}, {rho.high:.2f}]."
+        f"The order of the settings on {first} {verdict}: rank correlation {rho.value:.2f} "
+        f"[{rho.low:.2f}, {rho.high:.2f}], over the settings of this grid."
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hqdit.evaluation.fidelity import PAIRS
 from hqdit.experiments.laboratory import Laboratory, eps_gain, format_share
 from hqdit.experiments.subjects import Subject
-from hqdit.experiments.wording import compared, signed_db
+from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.formats.catalog import FP4_FORMATS
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import plan_quantization
@@ -94,7 +94,7 @@ def run(lab: Laboratory) -> RunRecord:
         notes=(
             "Inputs take the format that all layers reading them choose together; with a fixed format, both operands "
             "have it. The best format of a layer is the one of the highest output SQNR on held-out float inputs.",
-            "Intervals are over trajectories, for one draw of the rotation's signs; another draw moves results too.",
+            *interval_notes("the rotation's signs"),
             "E1M2 and INT4 hold the same numbers but for INT4's -8, which absmax scaling never reaches.",
         ),
         measurements={"channels": {f"{name}, {ROTATIONS[r]}": found for (name, r), found in channels.items()}},

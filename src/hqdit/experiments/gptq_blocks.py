@@ -5,7 +5,6 @@ Source: GPTQ (arXiv 2210.17323), section 3.3: blocks of columns change the order
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -28,6 +27,9 @@ from hqdit.quantizers.quantized_tensor import round_to_nearest
 from hqdit.records.run_record import Column, Table
 from hqdit.transforms.rotation import rotate, rotate_online
 
+#: What the intervals of means over layers are, for columns.
+OVER_LAYERS = "95 % interval over layers, not over models"
+
 
 def block_sizes(
     lab: Laboratory, subject: Subject, config: QuantizationConfig, sizes: Sequence[int], samples: int
@@ -44,7 +46,7 @@ def block_sizes(
     Returns:
         block size -> `seen` and `unseen`: dB by which the error, weighted by the Hessian of these samples, is below
         that of rounding to nearest, lists over layers; `changed`: share of each layer's codes that are not those of
-        blocks of `BLOCK_COLUMNS`; `seconds`: summed over the layers.
+        blocks of `BLOCK_COLUMNS`.
     """
     model = lab.quantized(subject, config, lab.calibration(subject, samples))
     adapter = adapter_for(subject.model)
@@ -56,7 +58,7 @@ def block_sizes(
     }
     hessians = {side: _hessians(subject.model, model, sites, *drawn) for side, drawn in sides.items()}
     layers = quantized_layers(model)
-    found: dict[str, Any] = {str(size): {"seen": [], "unseen": [], "changed": [], "seconds": 0.0} for size in sizes}
+    found: dict[str, Any] = {str(size): {"seen": [], "unseen": [], "changed": []} for size in sizes}
     for site in sites:
         layer, linear = layers[site.name], subject.model.get_submodule(site.name)
         weight = rotate(linear.get_parameter("weight").detach().double(), layer.spec.rotation, layer.signs)
@@ -64,9 +66,7 @@ def block_sizes(
         nearest = round_to_nearest(weight, *settled).dequantize()
         usual, _ = gptq_quantize(weight, hessians["seen"][site.name], *settled, block_columns=BLOCK_COLUMNS)
         for size in sizes:
-            start = time.perf_counter()
             rounded, _ = gptq_quantize(weight, hessians["seen"][site.name], *settled, block_columns=size)
-            found[str(size)]["seconds"] += time.perf_counter() - start
             found[str(size)]["changed"].append(float((rounded.codes != usual.codes).double().mean()))
             for side, of_layer in hessians.items():
                 before, after = (
@@ -105,10 +105,15 @@ def block_table(name: str, blocks: Mapping[str, Any], samples: int) -> Table:
     columns = (
         Column("Columns per block"),
         Column("Layers"),
-        Column("Gain, seen", "dB", 3, "weighted error against rounding to nearest on the calibration samples"),
-        Column("Gain, unseen", "dB", 3, "the same on samples of another seed"),
+        Column(
+            "Gain, seen",
+            "dB",
+            3,
+            "weighted error against rounding to nearest on the calibration samples, mean over layers",
+            interval=OVER_LAYERS,
+        ),
+        Column("Gain, unseen", "dB", 3, "the same on samples of another seed", interval=OVER_LAYERS),
         Column("Changed codes", "%", 4, f"codes that differ from those with blocks of {BLOCK_COLUMNS} columns"),
-        Column("Time", "s", 2, "wall-clock, all layers"),
     )
     rows = tuple(
         (
@@ -117,22 +122,19 @@ def block_table(name: str, blocks: Mapping[str, Any], samples: int) -> Table:
             bootstrap_mean(found["seen"]),
             bootstrap_mean(found["unseen"]),
             100 * fmean(found["changed"]),
-            found["seconds"],
         )
         for size, found in blocks.items()
     )
-    caption = f"layers of the first and the last block; {samples} samples a side; intervals: 95 % over layers"
+    caption = f"layers of the first and the last block; {samples} samples a side"
     return Table(f"GPTQ block size, {name}", columns, rows, caption)
 
 
 def block_answer(blocks: Mapping[str, Any]) -> str:
-    """How far results move over the block sizes, and which is fastest."""
+    """How far results move over the block sizes."""
     gains = [fmean(found["unseen"]) for found in blocks.values()]
     changed = max(fmean(found["changed"]) for found in blocks.values())
     spread = max(gains) - min(gains)
-    times = {size: found["seconds"] for size, found in blocks.items()}
-    fastest = min(times, key=lambda size: times[size])
     return (
         f"Block size: over blocks of {', '.join(blocks)} columns, at most {changed:.2%} of the codes change and the "
-        f"gain on unseen samples moves by {spread:.4f} dB; blocks of {fastest} are fastest."
+        f"gain on unseen samples moves by {spread:.4f} dB."
     )

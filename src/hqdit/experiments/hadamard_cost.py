@@ -5,7 +5,6 @@ Source: HQ-DiT (arXiv 2405.19751), an open question: is the overhead of the onli
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from hqdit.benchmark.workload import DIT_XL_2
-from hqdit.experiments.laboratory import Laboratory
+from hqdit.experiments.laboratory import Laboratory, eps_gain
 from hqdit.experiments.rotation_cost import (
     GEOMETRIES,
     XL,
@@ -25,6 +24,7 @@ from hqdit.experiments.rotation_cost import (
     rotations_for,
 )
 from hqdit.experiments.subjects import SUBJECTS, Subject
+from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.kernels.selection import current_backend
 from hqdit.models.adapter import adapter_for
 from hqdit.pipeline.config import QuantizationConfig
@@ -35,7 +35,7 @@ TOKENS = 512
 REPEATS, QUICK_REPEATS = 15, 7
 #: Sampler steps of one image in the reckoning for real time.
 IMAGE_STEPS = 50
-#: dB within which the cheapest rotation is as good as the best one.
+#: dB by which a rotation may be worse than the best one and still count as nearly as good.
 CLOSE_DB = 0.1
 JUDGED = "guided 1.5"
 
@@ -96,7 +96,9 @@ def study(lab: Laboratory, timing: Timing, subjects: Sequence[Subject]) -> RunRe
             "out.",
             "Times are those of calls on the current backend, taken in turns; medians count, and measurements holds "
             "every repeat. In a fused block the same pass also does LayerNorm, modulation or GELU.",
-            "SQNR is that of the hqdit preset without GPTQ, one draw of random signs.",
+            "SQNR is that of the hqdit preset without GPTQ; gains are paired by trajectory. The best of several "
+            "rotations is found on the trajectories that judge it, which flatters its gain.",
+            *interval_notes("the rotation's signs"),
         ),
         measurements={"quantize_seconds": timing.quantize, "product_seconds": timing.product},
     )
@@ -134,16 +136,19 @@ def _time_table(timing: Timing) -> Table:
         rows.append((rotation, *spread, 1e3 * timing.quantize_seconds(rotation), overhead))
     products = [_range(timing.product[name]) for name in timing.geometry.layers]
     rows.append(("product", *products, 1e3 * timing.product_seconds, None))
-    meaning = "median of a call, with the fastest and the slowest repeat"
     columns = (
         Column("Rotation"),
-        *(Column(name, "ms", 2, meaning) for name in timing.geometry.layers),
+        *(
+            Column(name, "ms", 2, "median of a call", interval="fastest and slowest repeat")
+            for name in timing.geometry.layers
+        ),
         Column("Block", "ms", 2, "median of the layers' sum"),
         Column(
             "Overhead",
             "%",
             1,
-            "extra time over rounding and product without a rotation, 95 % interval over repeats; lower is better",
+            "extra time over rounding and product without a rotation; lower is better",
+            interval="95 % interval over repeats",
         ),
     )
     caption = (
@@ -177,23 +182,22 @@ def _score_table(name: str, geometry: BlockGeometry, found: Mapping[str, dict[st
                 score["mean_layer_sqnr_db"],
                 score["mean_layer_sqnr_db"] - plain["mean_layer_sqnr_db"],
                 Interval(*score["eps_sqnr_db"][JUDGED]),
-                _gain(found, rotation),
+                None if rotation == "none" else _gain(found, rotation),
             )
         )
     columns = (
         Column("Rotation"),
         Column("Operations", "%", 2, "of the products' operations; lower is better"),
         Column("Layer SQNR", "dB", 2, "mean over the layers of each one's output SQNR; higher is better"),
-        Column("Gain", "dB", 2, "layer SQNR less that without a rotation"),
+        Column("Gain, layers", "dB", 2, "layer SQNR less that without a rotation"),
         Column("Noise prediction", "dB", 2, "SQNR after guidance 1.5; higher is better"),
-        Column("Gain", "dB", 2, "SQNR of the noise prediction less that without a rotation"),
+        Column("Gain, noise prediction", "dB", 2, "over no rotation, paired by trajectory"),
     )
     return Table(f"Gain, {name}", columns, tuple(rows))
 
 
-def _gain(found: Mapping[str, dict[str, Any]], rotation: str) -> float:
-    value: float = found[rotation]["eps_sqnr_db"][JUDGED][0] - found["none"]["eps_sqnr_db"][JUDGED][0]
-    return value
+def _gain(found: Mapping[str, dict[str, Any]], rotation: str) -> Interval:
+    return eps_gain(found[rotation], found["none"], JUDGED)
 
 
 def _time_figure(timing: Timing) -> Bars:
@@ -216,14 +220,16 @@ def _trade_figure(geometries: Mapping[str, BlockGeometry], scores: Mapping[str, 
         for rotation in found:
             operations, products = block_operations(geometries[name], rotation)
             points.append((100 * operations / products, _gain(found, rotation)))
-        points.sort()
-        series.append(Series(name, y=tuple(gain for _, gain in points), x=tuple(share for share, _ in points)))
+        points.sort(key=lambda point: point[0])
+        y, low, high = (tuple(getattr(gain, end) for _, gain in points) for end in ("value", "low", "high"))
+        series.append(Series(name, y, tuple(share for share, _ in points), low, high))
     return Lines(
         "Cost against gain",
         "operations of the rotations (% of the products)",
         "SQNR of the noise prediction gained (dB)",
         tuple(series),
-        "points from left to right: none, then rotations by rising cost; the tables name them",
+        "points from left to right: none, then rotations by rising cost; the tables name them; bounds: 95 % bootstrap "
+        "intervals over trajectories",
     )
 
 
@@ -240,32 +246,38 @@ def _cost_answer(timing: Timing) -> str:
 
 
 def _gain_answer(name: str, geometry: BlockGeometry, found: Mapping[str, dict[str, Any]]) -> str:
-    """The best rotation, and the cheapest that is as good."""
-    best = max(found, key=lambda rotation: _gain(found, rotation))
-    if best == "none":
-        return f"Gain on {name}: none of the rotations raises the SQNR of the noise prediction; leave it out."
-    close = [rotation for rotation in found if _gain(found, rotation) >= _gain(found, best) - CLOSE_DB]
+    """The best rotation, and the cheapest that is nearly as good."""
+    gains = {rotation: _gain(found, rotation) for rotation in found if rotation != "none"}
+    best = max(gains, key=lambda rotation: gains[rotation].value)
+    if gains[best].low <= 0:
+        return (
+            f"Gain on {name}: no rotation is better than none in the noise prediction; the highest, {best}, is "
+            f"{compared(gains[best])} none ({signed_db(gains[best])})."
+        )
+    close = [rotation for rotation in found if eps_gain(found[best], found[rotation], JUDGED).high <= CLOSE_DB]
     cheapest = min(close, key=lambda rotation: block_operations(geometry, rotation)[0])
+    full = eps_gain(found["full"], found[best], JUDGED)
+    against = "" if best == "full" else f"; full is {compared(full)} it ({signed_db(full)})"
     return (
-        f"Gain on {name}, SQNR of the noise prediction: {_gain(found, best):+.2f} dB with {best}, the best; the "
-        f"cheapest within {CLOSE_DB:g} dB of it is {cheapest} ({_gain(found, cheapest):+.2f} dB); full gives "
-        f"{_gain(found, 'full'):+.2f} dB."
+        f"Gain on {name} in the noise prediction: {best} is highest, {compared(gains[best])} none "
+        f"({signed_db(gains[best])}){against}; the cheapest that is, by its interval, at most {CLOSE_DB:g} dB below it "
+        f"is {cheapest}."
     )
 
 
 def _real_time_answer(timing: Timing, scores: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
-    """Extra time of an image, and what a dB costs."""
+    """Extra time of an image, beside what every model gains."""
     layers = DIT_XL_2["num_layers"]
     extra = {rotation: timing.extra_seconds(rotation) for rotation in timing.quantize if rotation != "none"}
     fastest = min(extra, key=lambda rotation: extra[rotation])
-    gain = math.fsum(_gain(found, "full") for found in scores.values()) / len(scores)
+    gains = {name: _gain(found, "full") for name, found in scores.items()}
     total = layers * (timing.quantize_seconds("none") + timing.product_seconds)
     extra_full, extra_least = layers * extra["full"], layers * extra[fastest]
-    worth = f"{1e3 * extra_full / gain:.1f} ms a pass for each dB" if gain > 0 else "nothing in return"
+    worth = "; ".join(f"{name} {signed_db(gain)}, {compared(gain)} none" for name, gain in gains.items())
     return (
         f"Real time: in {layers} blocks of {timing.geometry.name} with {timing.tokens} tokens (one guided image), "
         f"rounding and products take {1e3 * total:.0f} ms a pass. The full rotation adds {1e3 * extra_full:.1f} ms "
-        f"({_percent(timing.overhead('full'))}), {IMAGE_STEPS * extra_full:+.2f} s in {IMAGE_STEPS} steps; its "
-        f"gain on the models scored here is {gain:+.2f} dB on average: {worth}. The fastest rotation is {fastest} with "
+        f"({_percent(timing.overhead('full'))}), {IMAGE_STEPS * extra_full:+.2f} s in {IMAGE_STEPS} steps. Its gain in "
+        f"the noise prediction of the models scored here: {worth}. The fastest rotation is {fastest} with "
         f"{1e3 * extra_least:.1f} ms a pass ({_percent(timing.overhead(fastest))})."
     )

@@ -37,6 +37,8 @@ _METRICS = {
     "recall": "recall",
     "accuracy": "class accuracy",
 }
+#: Against the float model's image from the same noise.
+_PAIRED = ("psnr_db", "ssim")
 _MEANINGS = {
     "frechet": "distance of feature statistics to those of held-out images; lower is better",
     "spatial_frechet": "the same on spatial features",
@@ -65,7 +67,9 @@ def image_rows(
         has_grids: write a PNG of the first images of each row.
 
     Returns:
-        Rows with "method", "samples" and [value, low, high] or None for each metric; and the pictures.
+        Rows with "method", "samples" and [value, low, high] or None for each metric; "psnr_exact", the number of
+        images that equal the float model's, which leaves "psnr_db" without a mean; "ssim_window" in pixels; and the
+        pictures.
     """
     count = lab.image_count
     exact = lab.samples(subject, None, count, sampling)
@@ -100,23 +104,22 @@ def _scores(
     lab: Laboratory, subject: Subject, exact: Tensor | None, images: Tensor, sampling: SamplingConfig
 ) -> dict[str, Any]:
     classes = [index % subject.num_classes for index in range(len(images))]
+    strata = classes if sampling.guidance > 0 else None
     found = image_metrics(
-        subject.classifier,
-        images,
-        lab.reference_features(subject),
-        classes=classes if sampling.guidance > 0 else None,
-        resamples=RESAMPLES,
+        subject.classifier, images, lab.reference_features(subject), classes=strata, resamples=RESAMPLES
     )
-    row: dict[str, Any] = {key: None for key in (*_METRICS, "psnr_db", "ssim")}
+    row: dict[str, Any] = {key: None for key in (*_METRICS, *_PAIRED, "psnr_exact", "ssim_window")}
     for key, metric in _METRICS.items():
         value = found.get(metric_name(metric, subject.classifier))
         if isinstance(value, Interval):
             row[key] = [value.value, value.low, value.high]
     if exact is not None:
-        ratios = psnr_of_images(exact, images)
-        for key, values in (("psnr_db", ratios), ("ssim", structural_similarity(exact, images).values)):
-            if all(math.isfinite(value) for value in values):
-                interval = bootstrap_mean(values, RESAMPLES)
+        ratios, similarity = psnr_of_images(exact, images), structural_similarity(exact, images)
+        row["psnr_exact"] = sum(map(math.isinf, ratios))
+        row["ssim_window"] = similarity.window
+        for key, values in (("psnr_db", ratios), ("ssim", similarity.values)):
+            if all(map(math.isfinite, values)):
+                interval = bootstrap_mean(values, RESAMPLES, strata=strata)
                 row[key] = [interval.value, interval.low, interval.high]
     return row
 
@@ -138,11 +141,22 @@ def image_table(title: str, rows: list[dict[str, Any]], subject: Subject) -> Tab
         Column(metric_name(metric, subject.classifier).capitalize(), "", 3, _MEANINGS[key])
         for key, metric in _METRICS.items()
     ]
+    windows = sorted({f"{row['ssim_window']}x{row['ssim_window']}" for row in rows if row["ssim_window"] is not None})
+    window = f"; windows of {' or '.join(windows)} pixels" if windows else ""
     columns.append(Column("PSNR", "dB", 2, "against the float32 samples from the same noise; higher is better"))
-    columns.append(Column("SSIM", "", 3, "against the float32 samples from the same noise; higher is better"))
-    keys = (*_METRICS, "psnr_db", "ssim")
-    cells = tuple((row["method"], row["samples"], *(_cell(row[key]) for key in keys)) for row in rows)
+    columns.append(Column("SSIM", "", 3, f"against the float32 samples from the same noise{window}; higher is better"))
+    cells = tuple(
+        (row["method"], row["samples"], *(_cell(row[key]) for key in _METRICS), _psnr(row), _cell(row["ssim"]))
+        for row in rows
+    )
     return Table(title, tuple(columns), cells)
+
+
+def _psnr(row: dict[str, Any]) -> Cell:
+    """The mean with its interval; where images equal their originals it is infinite, and their number is given."""
+    if not row["psnr_exact"]:
+        return _cell(row["psnr_db"])
+    return math.inf if row["psnr_exact"] == row["samples"] else f"{row['psnr_exact']} of {row['samples']} exact"
 
 
 def _cell(value: list[float] | None) -> Cell:

@@ -21,10 +21,10 @@ from hqdit.analysis.activations import (
     activation_histograms,
     activation_statistics,
 )
-from hqdit.evaluation.bootstrap import bootstrap_interval
 from hqdit.evaluation.fidelity import PAIRS
 from hqdit.experiments.laboratory import Laboratory
 from hqdit.experiments.subjects import SUBJECTS, Subject
+from hqdit.experiments.wording import interval_notes
 from hqdit.models.adapter import adapter_for
 from hqdit.numerics.error import decibel
 from hqdit.pipeline.config import QuantizationConfig
@@ -88,7 +88,12 @@ def run(lab: Laboratory) -> RunRecord:
             "rotation, and large where activation outliers are compensated by small weights.",
             "Models with c = 10 compute the same function as those without; a seeded twentieth of their modulated "
             "channels is ten times larger, and the weights that read them ten times smaller.",
+            interval_notes("the rotation's signs")[0],
         ),
+        measurements={
+            subject.name: {"timesteps": found["timesteps"], "inputs": [_numbers(entry) for entry in found["inputs"]]}
+            for subject, found in measured.items()
+        },
     )
 
 
@@ -141,8 +146,26 @@ def _distribution(found: Distribution) -> dict[str, Any]:
         "skewness": float(found.overall.skewness),
         "between_share": between / (between + within),
         "channel_absmax": sorted(found.channel_absmax.max(axis=0).tolist(), reverse=True),
+        "channel_absmax_by_timestep": found.channel_absmax.max(axis=1).tolist(),
+        "max_over_median_by_timestep": list(found.max_over_median_by_timestep),
         "kurtosis_by_timestep": found.by_timestep.kurtosis.tolist(),
+        "skewness_by_timestep": found.by_timestep.skewness.tolist(),
     }
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What is measured of one input, for a record: 5 digits, None for the moments of equal numbers."""
+    sides = {}
+    for side in ("before", "after"):
+        sides[side] = {
+            fact: [_rounded(number) for number in value] if isinstance(value, list) else _rounded(value)
+            for fact, value in entry[side].items()
+        }
+    return {"input": entry["input"], "layers": entry["layers"], "left_db": _rounded(entry["left_db"]), **sides}
+
+
+def _rounded(number: float) -> float | None:
+    return None if math.isnan(number) else float(f"{number:.5g}")
 
 
 def _by_role(inputs: Inputs) -> dict[str, list[Mapping[str, Any]]]:
@@ -152,8 +175,13 @@ def _by_role(inputs: Inputs) -> dict[str, list[Mapping[str, Any]]]:
     return grouped
 
 
+#: Blocks of one model are no sample of anything, so their median comes with their range.
+_OVER_BLOCKS = "range over blocks"
+
+
 def _median(entries: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> Interval:
-    return bootstrap_interval([value(entry) for entry in entries], lambda rows: float(np.median(rows)))
+    found = [value(entry) for entry in entries]
+    return Interval(float(np.median(found)), min(found), max(found))
 
 
 _SIDED = (
@@ -167,12 +195,14 @@ _SIDED = (
 def _table(name: str, inputs: Inputs, steps: int) -> Table:
     columns = [Column("Input of"), Column("Inputs")]
     for _, title, unit, digits, meaning in _SIDED:
-        columns += [Column(f"{title}, {side}", unit, digits, meaning) for side in ("before", "after")]
-    columns += [
-        Column("Left after rotation", "dB", 1, "what scaling the channels before the rotation could gain"),
-        Column("Layer SQNR, not rotated", "dB", 1, "of the layers that read the input, W4A4, rounded to nearest"),
-        Column("Layer SQNR, rotated", "dB", 1, "the same after the rotation"),
-    ]
+        for side in ("before", "after"):
+            columns.append(Column(f"{title}, {side}", unit, digits, meaning, interval=_OVER_BLOCKS))
+    for title, meaning in (
+        ("Left after rotation", "what scaling the channels before the rotation could gain"),
+        ("Layer SQNR, not rotated", "of the layers that read the input, W4A4, rounded to nearest"),
+        ("Layer SQNR, rotated", "the same after the rotation"),
+    ):
+        columns.append(Column(title, "dB", 1, meaning, interval=_OVER_BLOCKS))
     rows: list[tuple[Cell, ...]] = []
     for role, entries in _by_role(inputs).items():
         cells: list[Cell] = [role, len(entries)]
@@ -182,7 +212,7 @@ def _table(name: str, inputs: Inputs, steps: int) -> Table:
         for fact in ("left_db", "sqnr_none", "sqnr_full"):
             cells.append(_median(entries, lambda entry, fact=fact: entry[fact]))  # type: ignore[misc]
         rows.append(tuple(cells))
-    caption = f"{PAIRS} held-out trajectories of {steps} steps; medians over blocks with 95 % bootstrap intervals"
+    caption = f"{PAIRS} held-out trajectories of {steps} steps; medians over blocks"
     return Table(f"Activations, {name}", tuple(columns), tuple(rows), caption)
 
 
@@ -208,23 +238,31 @@ def _figures(name: str, found: Mapping[str, Any]) -> list[Figure]:
             y_scale="log",
         ),
     ]
-    for side in sides:
-        figures.append(
-            Heatmap(
-                f"Kurtosis {side} the rotation, {name}",
-                tuple(entry["input"] for entry in inputs),
-                tuple(map(str, found["timesteps"])),
-                tuple(tuple(map(_finite, entry[side]["kurtosis_by_timestep"])) for entry in inputs),
-                "log10 of the kurtosis (normal: 0.48)",
-                "columns: time steps, in the order of sampling",
-            )
-        )
+    moments: tuple[tuple[str, Callable[[float], float], str], ...] = (
+        ("kurtosis", math.log10, "log10 of the kurtosis (normal: 0.48)"),
+        ("skewness", float, "skewness (symmetric: 0)"),
+    )
+    for fact, shown, label in moments:
+        figures += [_moment_map(name, found, side, fact, shown, label) for side in sides]
     return figures
 
 
-def _finite(kurtosis: float) -> float | None:
-    """log10 for the colours; nothing where all numbers of a time step are equal."""
-    return math.log10(kurtosis) if math.isfinite(kurtosis) else None
+def _moment_map(
+    name: str, found: Mapping[str, Any], side: str, fact: str, shown: Callable[[float], float], label: str
+) -> Heatmap:
+    """A moment by input and time step; blank where all numbers of a time step are equal."""
+    return Heatmap(
+        f"{fact.capitalize()} {side} the rotation, {name}",
+        tuple(entry["input"] for entry in found["inputs"]),
+        tuple(map(str, found["timesteps"])),
+        tuple(
+            tuple(shown(moment) if math.isfinite(moment) else None for moment in entry[side][f"{fact}_by_timestep"])
+            for entry in found["inputs"]
+        ),
+        label,
+        x_label="time step, in the order of sampling",
+        y_label="input",
+    )
 
 
 def _middle(entries: Inputs, side: str, fact: str) -> float:

@@ -19,7 +19,7 @@ from hqdit.evaluation.fidelity import PAIRS
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory
 from hqdit.experiments.subjects import Subject
 from hqdit.experiments.trajectory_errors import branch_powers, trajectory_powers
-from hqdit.experiments.wording import compared, signed_db
+from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.numerics.error import decibel
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.records.run_record import Cell, Column, Figure, Heatmap, Interval, Lines, RunRecord, Series, Table
@@ -76,6 +76,7 @@ def run(lab: Laboratory) -> RunRecord:
             "on; the powers of all steps' errors are added. Sampler alone: the same sum for the errors of the noise "
             "prediction, carried on by the sampler's linear updates without the model.",
             "The formula for guidance assumes that both branches' errors are equally strong.",
+            *interval_notes("the rotation's signs and the calibration data"),
         ),
     )
 
@@ -216,11 +217,13 @@ def _block_map(name: str, found: Mapping[str, Any]) -> Heatmap:
     values = np.asarray(found["block_sqnr_db"], dtype=np.float64).T
     return Heatmap(
         f"Hidden state by block and time step, {name}",
-        tuple(f"block {index + 1}" for index in range(len(values))),
+        tuple(str(index + 1) for index in range(len(values))),
         tuple(str(timestep) for timestep in found["timesteps"]),
         tuple(tuple(row) for row in values.tolist()),
         "SQNR (dB)",
-        "columns: time steps, in the order of sampling; errors of earlier blocks are included",
+        "errors of earlier blocks are included",
+        x_label="time step, in the order of sampling",
+        y_label="block",
     )
 
 

@@ -186,8 +186,11 @@ class QuantizationConfig:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` is the inverse."""
+        """Plain values, without added settings at their defaults; `from_json` is the inverse."""
         values = dataclasses.asdict(self)
+        for key, default in _ADDED.items():
+            if values[key] == default:
+                del values[key]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
@@ -244,6 +247,9 @@ class QuantizationConfig:
         )
 
 
+#: Settings that came after format version 1: files that do not use them are what an older release reads.
+_ADDED: dict[str, Any] = {"smoothing": None, "low_rank": 0, "format_search": False}
+
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("weights", "activations", "weight_granularity", "activation_granularity", "rotation"), (str,)),
     **dict.fromkeys(("format_granularity", "scale_rule"), (str,)),
@@ -282,7 +288,7 @@ PRESETS: dict[str, QuantizationConfig] = {
     "smoothquant": _NEAREST.replace(smoothing=0.5),
     "fpq": _NEAREST.replace(weights="fp4", activations="fp4", activation_granularity="channel", format_search=True),
     "gptq": _NEAREST.replace(gptq=True),
-    "quarot": _PAPER.replace(weights="int4"),
+    "quarot": _PAPER.replace(weights="int4", scale_rule="mse"),
     "svdquant": _NEAREST.replace(smoothing=0.5, low_rank=32),
     "hqdit-no-rotation": _PAPER.replace(rotation="none"),
     "hqdit-fixed-format": _PAPER.replace(weights="e2m1"),

@@ -74,6 +74,9 @@ def quantize(
             "sha256": calibration.fingerprint,
         }
     adapter = adapter_for(model)
+    if config.smoothing is not None:
+        # A fold turns the modulation's bias b into c (1 + b) - 1, of which 16 bits would keep little of c (1 + b).
+        record.dtypes |= {f"{site.name}.bias": torch.float32 for site in adapter.sites(model) if site.is_modulation}
     for block, layers in track(_by_block(plan, len(adapter.blocks(model))), "quantizing blocks"):
         for name, group in groupby(layers, key=lambda layer: layer.site.input_group):
             InputGroup(model, plan, list(group), config, stream, input_scales.get(name)).quantize(record)

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from hqdit.errors import NumericsError
 
+#: Smallest and largest factor.
+FACTOR_RANGE = (1e-5, 1e5)
+
 
 def smoothing_factors(activation_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
     """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha) for every input channel j.
 
     A channel that is silent in the calibration data, or that no weight reads, has no range to divide: its factor is 1.
+    Others are kept within `FACTOR_RANGE`, so that a channel that is almost silent here cannot drown the others where it
+    speaks.
 
     Args:
         activation_absmax: (in_features,), the largest magnitude of every input channel over calibration data.
@@ -37,5 +42,5 @@ def smoothing_factors(activation_absmax: Tensor, weight_absmax: Tensor, alpha: f
             "Fix: check the calibration data and the float model"
         )
     is_live = (largest > 0) & (columns > 0)
-    factors = largest.pow(alpha) / columns.pow(1 - alpha)
+    factors = (largest.pow(alpha) / columns.pow(1 - alpha)).clamp(*FACTOR_RANGE)
     return torch.where(is_live, factors, 1.0)

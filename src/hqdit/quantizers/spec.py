@@ -172,7 +172,7 @@ class LinearSpec:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= largest:
             raise UsageError(
                 f"{self.name}: found a low-rank branch of rank {rank} on {self.in_features} -> {self.out_features} "
-                f"channels, needed at most {largest}. Fix: choose a smaller --low-rank, or --exclude this layer"
+                f"channels, needed an integer from 0 to {largest}. Fix: change --low-rank or --exclude this layer"
             )
         if rank and self.rotation.is_folded:
             raise UsageError(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,33 @@ from hqdit.errors import CheckpointError, NumericsError, UsageError
 
 RECORD_NAME = "record.json"
 RECORD_VERSION = 1
+MOST_DIGITS = 12
+SCALES = ("linear", "log")
+_ROUNDING = 1e-12  # relative; units are converted and numbers stored on the way
+_DEEPEST = 50  # of nested values
+_LONGEST_REASON = 200  # characters of a message's reason
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its confidence interval, `low` <= `high`."""
+    """A number with its interval, `low` <= `value` <= `high` up to rounding, none of them NaN.
+
+    Raises:
+        UsageError: another order.
+    """
 
     value: float
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        finite = [abs(number) for number in (self.value, self.low, self.high) if math.isfinite(number)]
+        slack = _ROUNDING * max(finite, default=0.0)
+        if not self.low - slack <= self.value <= self.high + slack:
+            raise UsageError(
+                f"interval: found {self.value} with bounds {self.low} and {self.high}, needed low <= value <= high. "
+                "Fix: take both from the same numbers"
+            )
 
 
 #: What a cell of a table can hold; None is shown as "not measured".
@@ -40,14 +59,25 @@ class Column:
     Attributes:
         title: its header, without the unit.
         unit: for example "dB"; empty for words and plain numbers.
-        digits: decimals shown of floating point cells.
+        digits: decimals shown of floating point cells, 0 to 12.
         meaning: what the numbers are and which direction is better; shown beside the table. May be empty.
+        interval: what the bounds of its intervals are.
+
+    Raises:
+        UsageError: another number of digits.
     """
 
     title: str
     unit: str = ""
     digits: int = 2
     meaning: str = ""
+    interval: str = "95 % confidence interval"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.digits, bool) or not isinstance(self.digits, int) or not 0 <= self.digits <= MOST_DIGITS:
+            raise UsageError(
+                f"column {self.title!r}: found {self.digits!r} digits, needed 0 to {MOST_DIGITS}. Fix: show fewer"
+            )
 
 
 @dataclass(frozen=True)
@@ -159,13 +189,15 @@ class Heatmap:
 class FormatMap:
     """The format of every part of a network: rows of shares by format name, each row summing to 1.
 
-    A layer with one format has one share of 1; with a format per output channel it has several.
+    A layer with one format has one share of 1; with a format per output channel it has several. `y_label` says what
+    the shares are parts of.
     """
 
     title: str
     row_labels: tuple[str, ...]
     shares: tuple[Mapping[str, float], ...]
     caption: str = ""
+    y_label: str = "output channels (%)"
 
     def __post_init__(self) -> None:
         _require_length(f"figure {self.title!r}", "rows of shares", len(self.shares), len(self.row_labels))
@@ -244,28 +276,31 @@ class RunRecord:
             where: file name for messages.
 
         Raises:
-            CheckpointError: another version, missing or unknown keys, or values of another kind.
+            CheckpointError: another version, missing or unknown keys, values of another kind, or a NaN anywhere.
         """
         try:
+            _refuse_nan(values)
             fields = dict(values)
             version = fields.pop("record_version", None)
             if version != RECORD_VERSION:
                 raise ValueError(f"record version {version!r}")
-            fields["tables"] = tuple(_table(entry) for entry in fields["tables"])
-            fields["figures"] = tuple(_figure(entry) for entry in fields["figures"])
-            fields["images"] = tuple(ImageGrid(**_strings(entry)) for entry in fields["images"])
+            fields["tables"] = tuple(_table(entry) for entry in _list(fields["tables"]))
+            fields["figures"] = tuple(_figure(entry) for entry in _list(fields["figures"]))
+            fields["images"] = tuple(_image(entry) for entry in _list(fields["images"]))
             for key in ("answers", "notes"):
-                fields[key] = tuple(map(_string, fields[key]))
+                fields[key] = _texts(fields[key])
             for key in ("name", "title", "question"):
                 _string(fields[key])
             for key in ("config", "environment", "measurements"):
-                fields[key] = dict(fields[key])
-            fields["seconds"] = float(fields["seconds"])
+                fields[key] = dict(_object(fields[key]))
+            fields["seconds"] = _finite(fields["seconds"])
             return cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as error:
+            reason = str(error)[:_LONGEST_REASON]
             raise CheckpointError(
-                f"{where}: found a record that cannot be read ({error}), needed one that hqdit reproduce or analyze of "
-                f"record version {RECORD_VERSION} wrote. Fix: run it again"
+                f"{where}: found a record that cannot be read ({reason if reason.isprintable() else ascii(reason)}), "
+                f"needed one that hqdit reproduce or analyze of record version {RECORD_VERSION} wrote. Fix: run it "
+                "again"
             ) from error
 
 
@@ -319,28 +354,63 @@ def _plain(value: Any, where: str) -> Any:
     return value
 
 
+def _refuse_nan(values: Any) -> None:
+    """Raise `ValueError` for a NaN in nested values, or for values too deep to be shown."""
+    level = [values]
+    for _ in range(_DEEPEST):
+        if any(isinstance(value, float) and math.isnan(value) for value in level):
+            raise ValueError("a NaN")
+        members = [value.values() if isinstance(value, Mapping) else value for value in level if _is_nested(value)]
+        level = [member for several in members for member in several]
+    if level:
+        raise ValueError(f"values nested more than {_DEEPEST} times")
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, (Mapping, list, tuple))
+
+
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
 
 
-def _strings(entry: Mapping[str, Any]) -> dict[str, str]:
-    return {key: _string(value) for key, value in entry.items()}
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is no object")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(_string, _list(value)))
 
 
 def _number(value: Any) -> float | None:
     if value is None:
         return None
-    if value in ("inf", "-inf"):
+    if isinstance(value, str) and value in ("inf", "-inf"):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{value!r} is no number")
     return float(value)
 
 
-def _numbers(values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(map(_number, values))
+def _finite(value: Any) -> float:
+    number = _number(value)
+    if number is None or not math.isfinite(number):
+        raise TypeError(f"{value!r} is no finite number")
+    return number
+
+
+def _numbers(values: Any) -> tuple[float | None, ...]:
+    return tuple(map(_number, _list(values)))
 
 
 def _cell(value: Any) -> Cell:
@@ -354,31 +424,68 @@ def _cell(value: Any) -> Cell:
     return value if isinstance(value, int) and not isinstance(value, bool) else _number(value)
 
 
-def _table(entry: Mapping[str, Any]) -> Table:
-    columns = tuple(Column(**column) for column in entry["columns"])
-    rows = tuple(tuple(map(_cell, row)) for row in entry["rows"])
-    return Table(**{**entry, "columns": columns, "rows": rows})
+def _table(entry: Any) -> Table:
+    fields = dict(_object(entry))
+    columns = tuple(map(_column, _list(fields.pop("columns"))))
+    rows = tuple(tuple(map(_cell, _list(row))) for row in _list(fields.pop("rows")))
+    return Table(columns=columns, rows=rows, **{key: _string(text) for key, text in fields.items()})
 
 
-def _figure(entry: Mapping[str, Any]) -> Figure:
-    fields = dict(entry)
-    cls = _FIGURE_KINDS[fields.pop("kind")]
-    if "series" in fields:
-        fields["series"] = tuple(
-            Series(
-                _string(series["name"]),
-                *(_numbers(series[key]) for key in ("y", "x", "low", "high")),
-            )
-            for series in fields["series"]
-        )
-    for key in ("categories", "row_labels", "column_labels"):
-        if key in fields:
-            fields[key] = tuple(map(_string, fields[key]))
-    if "edges" in fields:
-        fields["edges"] = _numbers(fields["edges"])
-    if "values" in fields:
-        fields["values"] = tuple(map(_numbers, fields["values"]))
-    if "shares" in fields:
-        fields["shares"] = tuple({key: float(share) for key, share in shares.items()} for shares in fields["shares"])
-    figure: Figure = cls(**fields)
-    return figure
+def _column(entry: Any) -> Column:
+    fields: dict[str, Any] = {
+        key: value if key == "digits" else _string(value) for key, value in _object(entry).items()
+    }
+    return Column(**fields)
+
+
+def _image(entry: Any) -> ImageGrid:
+    image = ImageGrid(**{key: _string(text) for key, text in _object(entry).items()})
+    if not image.file.isprintable():
+        raise ValueError(f"image file {image.file!r}")
+    return image
+
+
+def _series(entry: Any) -> Series:
+    name, y, x, low, high = (_object(entry)[key] for key in ("name", "y", "x", "low", "high"))
+    return Series(_string(name), _numbers(y), tuple(map(_finite, _list(x))), _numbers(low), _numbers(high))
+
+
+def _edges(value: Any) -> tuple[float, ...]:
+    edges = tuple(map(_finite, _list(value)))
+    if any(left >= right for left, right in pairwise(edges)):
+        raise ValueError("edges that do not ascend")
+    return edges
+
+
+def _share(value: Any) -> float:
+    share = _finite(value)
+    if share < 0:
+        raise ValueError(f"a share of {share}")
+    return share
+
+
+#: How each field of a figure that is no text is read.
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "series": lambda value: tuple(map(_series, _list(value))),
+    "categories": _texts,
+    "row_labels": _texts,
+    "column_labels": _texts,
+    "edges": _edges,
+    "values": lambda value: tuple(map(_numbers, _list(value))),
+    "shares": lambda value: tuple(
+        {key: _share(share) for key, share in _object(shares).items()} for shares in _list(value)
+    ),
+}
+
+
+def _figure(entry: Any) -> Figure:
+    fields = dict(_object(entry))
+    cls: Callable[..., Figure] = _FIGURE_KINDS[fields.pop("kind")]
+    for key, value in fields.items():
+        read: Callable[[Any], Any] = _READERS.get(key, _string)
+        fields[key] = read(value)
+        if key in _READERS and not fields[key]:
+            raise ValueError(f"a figure without {key.replace('_', ' ')}")
+        if key in ("x_scale", "y_scale") and value not in SCALES:
+            raise ValueError(f"scale {value!r}")
+    return cls(**fields)

@@ -207,7 +207,7 @@ def _format_map(figure: FormatMap) -> bytes:
         handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0))
         bottom += share
     axes.set_ylim(0, 100)
-    axes.set_ylabel("output channels (%)")
+    axes.set_ylabel(drawable(figure.y_label, LONGEST_AXIS))
     name_categories(axes, figure.row_labels)
     add_legend(axes, handles, formats)
     return svg_bytes(drawing)

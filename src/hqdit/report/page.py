@@ -129,8 +129,9 @@ def _table(table: Table) -> _ShownTable:
         remarks.append(f"{MISSING}: not measured, or does not apply.")
     if EXACT in signs:
         remarks.append(f"{EXACT}: no difference from the original, an infinite ratio.")
-    if any(isinstance(cell, Interval) for row in table.rows for cell in row):
-        remarks.append("In brackets: 95 % confidence interval.")
+    brackets = _brackets(table)
+    if brackets:
+        remarks.append(f"In brackets: {brackets}.")
     return _ShownTable(
         table.title,
         table.caption,
@@ -140,6 +141,17 @@ def _table(table: Table) -> _ShownTable:
         _meanings(table.columns),
         tuple(remarks),
     )
+
+
+def _brackets(table: Table) -> str:
+    """What the bounds of intervals are; with the headers where columns differ in it."""
+    grouped: dict[str, list[str]] = {}
+    for index, column in enumerate(table.columns):
+        if any(isinstance(row[index], Interval) for row in table.rows):
+            grouped.setdefault(column.interval, []).append(header_text(column))
+    if len(grouped) < 2:
+        return "".join(grouped)
+    return "; ".join(f"{text} ({', '.join(headers)})" for text, headers in grouped.items())
 
 
 def _meanings(columns: Sequence[Column]) -> tuple[tuple[str, str], ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hqdit.experiments.small_networks.comparison import role_of, verdict
 from hqdit.experiments.small_networks.examples import bigram_bits, python_text
-from hqdit.experiments.small_networks.grid import ROTATIONS, Case, NetworkResult, outliers_label
+from hqdit.experiments.small_networks.grid import ROTATIONS, Case, Gain, NetworkResult, outliers_label
 from hqdit.formats.catalog import FP4_FORMATS
 from hqdit.records.run_record import Bars, Cell, Column, Interval, Series, Table
 
@@ -162,32 +162,40 @@ def network_answer(result: NetworkResult) -> str:
 
 
 def benefit(results: Sequence[NetworkResult]) -> str:
-    """How often and by how much rotations help."""
+    """How often and by how much rotations help, by network and strength of outliers."""
     parts = []
-    for rotation in ROTATIONS[1:]:
-        found = [gain.db for result in results for gain in result.gains if gain.case.rotation == rotation]
-        better = sum(verdict(db) == "better" for db in found)
-        mean = math.fsum(db.value for db in found) / len(found)
-        parts.append(f"{rotation} raises it in {better} of {len(found)} settings ({mean:+.2f} dB on average)")
-    return f"Benefit, in SQNR of the logits: {'; '.join(parts)}; the most favourable change is {_extreme(results, 1)}."
+    for result in results:
+        for factor in result.factors:
+            counts = []
+            for rotation in ROTATIONS[1:]:
+                found = [gain.db for gain in _gains(result, factor) if gain.case.rotation == rotation]
+                better = sum(verdict(db) == "better" for db in found)
+                mean = math.fsum(db.value for db in found) / len(found)
+                counts.append(f"{rotation} raises it in {better} of {len(found)} settings ({mean:+.2f} dB on average)")
+            parts.append(f"{result.name}, {outliers_label(factor)}: {', '.join(counts)}")
+    return f"Benefit, in SQNR of the logits: {'; '.join(parts)}. The most favourable change is {_extremes(results, 1)}."
 
 
 def drawback(results: Sequence[NetworkResult]) -> str:
-    """How often and by how much rotations hurt, where, and what they cost."""
-    gains = [gain for result in results for gain in result.gains]
-    worse = sum(verdict(gain.db) == "worse" for gain in gains)
-    worse_score = sum(verdict(gain.score) == "worse" for gain in gains)
-    by_layer = [
-        (f"{result.name} {role_of(name)}", gain) for result in results for name, gain in result.layer_gains(1.0).items()
-    ]
-    lost = [name for name, gain in by_layer if gain < 0]
-    most = f", most often {max(dict.fromkeys(lost), key=lost.count)}" if lost else ""
+    """How often and by how much rotations hurt, by network and strength of outliers, and what they cost."""
+    parts = []
+    for result in results:
+        for factor in result.factors:
+            gains = _gains(result, factor)
+            worse = sum(verdict(gain.db) == "worse" for gain in gains)
+            worse_score = sum(verdict(gain.score) == "worse" for gain in gains)
+            by_layer = result.layer_gains(factor)
+            lost = [role_of(name) for name, gain in by_layer.items() if gain < 0]
+            most = f", most often {max(dict.fromkeys(lost), key=lost.count)}" if lost else ""
+            parts.append(
+                f"{result.name}, {outliers_label(factor)}: rotations lower the SQNR of the logits in {worse} of "
+                f"{len(gains)} settings and the score in {worse_score}, the full one that of {len(lost)} of "
+                f"{len(by_layer)} layers{most}"
+            )
     shares = ", ".join(f"{100 * result.operation_share:.1f} % ({result.name})" for result in results)
     return (
-        f"Drawback: rotations lower the SQNR of the logits in {worse} of {len(gains)} settings and the score in "
-        f"{worse_score}; the least favourable change is {_extreme(results, -1)}. Without injected outliers the full "
-        f"rotation lowers the SQNR of {len(lost)} of {len(by_layer)} layers{most}. Online it adds operations: {shares} "
-        "of those of the quantized layers, which are narrow here."
+        f"Drawback: {'; '.join(parts)}. The least favourable change is {_extremes(results, -1)}. Online rotations add "
+        f"operations: {shares} of those of the quantized layers, which are narrow here."
     )
 
 
@@ -205,12 +213,19 @@ def format_answer(results: Sequence[NetworkResult]) -> str:
     return f"Formats that the paper's statistic selects, in layers as trained: {'; '.join(parts)}."
 
 
-def _extreme(results: Sequence[NetworkResult], sign: int) -> str:
-    """The change in dB that is furthest in the direction of `sign`, and where it was found."""
-    gains = [(result.name, gain) for result in results for gain in result.gains]
-    name, gain = max(gains, key=lambda entry: sign * entry[1].db.value)
-    case = gain.case
-    return f"{_signed(gain.db, 'dB')} ({name}, {case.outliers}, {case.quantizer}, {case.rotation})"
+def _gains(result: NetworkResult, factor: float) -> list[Gain]:
+    return [gain for gain in result.gains if gain.case.factor == factor]
+
+
+def _extremes(results: Sequence[NetworkResult], sign: int) -> str:
+    """For each strength of outliers, the change in dB that is furthest in the direction of `sign`, and where."""
+    parts = []
+    for factor in results[0].factors:
+        gains = [(result.name, gain) for result in results for gain in _gains(result, factor)]
+        name, gain = max(gains, key=lambda entry: sign * entry[1].db.value)
+        where = f"{name}, {gain.case.quantizer}, {gain.case.rotation}"
+        parts.append(f"{outliers_label(factor)} {_signed(gain.db, 'dB')} ({where})")
+    return "; ".join(parts)
 
 
 def _unit(result: NetworkResult) -> str:
