@@ -141,7 +141,7 @@ def test_specs_that_cannot_be(side: str, key: str, wrong: object) -> None:
 def test_rank_beyond_the_layer() -> None:
     assert Parts("none", "none", OUT).layer.low_rank_up is not None
     with pytest.raises(
-        UsageError, match=f"fc2: found a low-rank branch of rank {OUT + 1} .* at most {OUT}.*--low-rank"
+        UsageError, match=f"fc2: found a low-rank branch of rank {OUT + 1} .* from 0 to {OUT}.*--low-rank"
     ):
         Parts("none", "none", OUT + 1)
     with pytest.raises(UsageError, match="no-fold-value-rotation"):
