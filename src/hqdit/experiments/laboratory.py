@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from hqdit.analysis.inspection import bits_per_weight
+from hqdit.analysis.weights import format_shares
 from hqdit.calibration.samples import DEFAULT_SAMPLES, CalibrationSet
 from hqdit.evaluation.bootstrap import bootstrap_interval
 from hqdit.evaluation.extractors import Features
@@ -214,12 +215,3 @@ def format_share(score: Mapping[str, Any], name: str) -> float:
     """Share of the output channels that hold the format `name`, mean over the layers of a score."""
     shares = [float(of_layer.get(name, 0.0)) for of_layer in score["formats"].values()]
     return sum(shares) / len(shares)
-
-
-def format_shares(layer: Any) -> Mapping[str, float]:
-    """Share of a quantized layer's output channels that each weight format holds."""
-    formats = layer.spec.weight.formats
-    if layer.format_index is None:
-        return {formats[0].name: 1.0}
-    chosen = layer.format_index.tolist()
-    return {fmt.name: chosen.count(position) / len(chosen) for position, fmt in enumerate(formats)}
