@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from tiny_transformers import TRANSFORMERS, TinyTransformer
 from torch import Tensor, nn
 
+import hqdit
 from hqdit.calibration.capture import BlockStream
 from hqdit.layers.linear import HQLinear
 from hqdit.layers.matrix_layers import channels_last, is_matrix_layer
@@ -26,6 +28,12 @@ from hqdit.pipeline.quantize import quantize
 from hqdit.pipeline.rotation_check import TOLERANCE, rotation_error
 
 DATA_FREE = QuantizationConfig(gptq=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(params=TRANSFORMERS)
@@ -63,8 +71,7 @@ def inputs(model: nn.Module, call: ModelCall) -> list[tuple[str, Tensor]]:
         for name, module in model.named_modules()
         if is_matrix_layer(module)
     ]
-    with torch.no_grad():
-        call.output(model)
+    call.output(model)
     for handle in handles:
         handle.remove()
     return seen
@@ -182,3 +189,9 @@ def test_captured_inputs_are_those_of_a_plain_forward_pass(tiny: TinyTransformer
                     stream.capture(site, found.append, "test")
                     assert all(torch.equal(a, b) for a, b in zip(found, expected[site.name], strict=True))
         stream.advance(block)
+
+
+def test_what_was_saved_computes_the_same_bits(tiny: TinyTransformer, tmp_path: Path) -> None:
+    model = hqdit.quantize(tiny.model(), QuantizationConfig(), calls_of(tiny))
+    hqdit.save(model, tmp_path / "model")
+    assert torch.equal(tiny.call().output(hqdit.load(tmp_path / "model")), tiny.call().output(model))

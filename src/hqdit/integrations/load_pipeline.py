@@ -54,12 +54,24 @@ def pipeline_around(
 
 def _pipeline_of_index(transformer: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> Any:
     where = folder.root / PIPELINE_INDEX_NAME
-    read_json(where, f"the model_index.json of a pipeline around a {type(transformer).__name__}")
+    index = read_json(where, f"the model_index.json of a pipeline around a {type(transformer).__name__}")
+    # A pipeline that was saved without some of its components, as for embeddings from elsewhere, has none of them here.
+    components = {name: None for name, entry in index.items() if entry == [None, None]} | {"transformer": transformer}
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(folder.root, transformer=transformer, **{_DTYPE: dtype})
+        return _pipeline_class(index).from_pretrained(folder.root, **components, **{_DTYPE: dtype})
     except Exception as error:  # whatever comes out of a loader that does not expect these files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{where}: found a pipeline that cannot be loaded ({reason}), needed one whose components are all there. "
             "Fix: get the folder again, and install what its text encoders need (pip install transformers)"
         ) from error
+
+
+def _pipeline_class(index: dict[str, Any]) -> Any:
+    """The class that a model_index.json names, where diffusers has it.
+
+    `DiffusionPipeline` finds it too, but does not take transformers that are optional in a class, as in Wan's.
+    """
+    found = getattr(diffusers, str(index.get("_class_name")), None)
+    is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+    return found if is_pipeline else diffusers.DiffusionPipeline

@@ -46,7 +46,7 @@ class TinyTransformer:
             for module in model.modules():
                 if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), Tensor):
                     module.weight += 1
-        return model.eval().requires_grad_(False)
+        return model.eval()
 
     def call(self, seed: int = 1) -> ModelCall:
         """A call of the model."""
@@ -180,7 +180,8 @@ def _wan_image(noise: Noise) -> dict[str, Any]:
 
 
 def _wan_vace(noise: Noise) -> dict[str, Any]:
-    return {**_wan(noise), "control_hidden_states": noise(BATCH, 4, 2, 4, 4)}
+    # Two latents of 4 channels and a mask of 8x8 pixels for each of their positions.
+    return {**_wan(noise), "control_hidden_states": noise(BATCH, 72, 2, 4, 4)}
 
 
 def _ltx(noise: Noise) -> dict[str, Any]:
@@ -335,7 +336,7 @@ TRANSFORMERS: dict[str, TinyTransformer] = {
         "WanTransformer3DModel", {**_WAN, "image_dim": 16, "added_kv_proj_dim": 24}, _wan_image
     ),
     "wan-vace": TinyTransformer(
-        "WanVACETransformer3DModel", {**_WAN, "num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 4}, _wan_vace
+        "WanVACETransformer3DModel", {**_WAN, "num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 72}, _wan_vace
     ),
     "ltx": TinyTransformer(
         "LTXVideoTransformer3DModel",
