@@ -30,7 +30,12 @@ ONE_STREAM = (
     ),
     Family(
         "CogVideoX",
-        ("CogVideoXTransformer3DModel",),
+        (
+            "CogVideoXTransformer3DModel",
+            "CogView3PlusTransformer2DModel",
+            "CogView4Transformer2DModel",
+            "ConsisIDTransformer3DModel",
+        ),
         {
             "transformer_blocks": (
                 {"norm1.linear": "modulation"},
