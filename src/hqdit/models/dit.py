@@ -79,9 +79,15 @@ class DiTAdapter(ModelAdapter):
         return cast(Tensor, norm.silu(embedding))
 
     def predict_noise(self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
-        # Latents stay float32 between steps; the model computes in its own dtype.
-        output = model(latents.to(cast(Any, model).dtype), timestep=timesteps, class_labels=classes).sample
-        return cast(Tensor, output[:, : latents.shape[1]].to(latents.dtype))
+        return _output(model, latents, timesteps, classes)[:, : latents.shape[1]]
+
+    def predict_noise_and_variance(
+        self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if cast(Any, model).out_channels != 2 * latents.shape[1]:
+            return super().predict_noise_and_variance(model, latents, timesteps, classes)  # raises
+        noise, variance = _output(model, latents, timesteps, classes).chunk(2, dim=1)
+        return noise, variance
 
     def latent_shape(self, model: nn.Module) -> tuple[int, int, int]:
         config = cast(Any, model).config
@@ -142,6 +148,12 @@ class DiTAdapter(ModelAdapter):
                 modulation.bias[scale] += factor - 1
                 for reader in readers[group]:
                     reader.weight /= factor
+
+
+def _output(model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
+    """All output channels. Latents stay float32 between steps; the model computes in its own dtype."""
+    output = model(latents.to(cast(Any, model).dtype), timestep=timesteps, class_labels=classes).sample
+    return cast(Tensor, output.to(latents.dtype))
 
 
 register_adapter(DiTAdapter())
