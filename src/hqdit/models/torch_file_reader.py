@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import sys
 import zipfile
@@ -61,9 +62,9 @@ def main(arguments: Sequence[str]) -> int:
 def _reason(error: Exception) -> str:
     """The first sentence of a foreign message; torch's go on with advice that would be wrong here."""
     text = " ".join(str(error).split()) or type(error).__name__
-    for phrase in ("Unsupported global: GLOBAL ", "Unsupported operand ", "Unsupported class "):
-        if phrase in text:
-            return f"it wants {text.partition(phrase)[2].split()[0]}, which is no part of a state dict"
+    if wanted := re.search(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|operand|class) (\S+)", text):
+        return f"it wants {wanted[1]}, which is no part of a state dict"
+    text = text.partition("WeightsUnpickler error: ")[2] or text
     return text.partition(". ")[0][:200]
 
 
