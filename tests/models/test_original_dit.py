@@ -237,4 +237,4 @@ def test_positions_of_another_model() -> None:
 @pytest.mark.parametrize("shift", [2, -1, 0.5, "0", None, True])
 def test_frequencies_that_no_model_has(shift: object) -> None:
     config = {**read_sizes(original_state(), WHERE, HEADS).transformer_config(), TIME_FREQUENCY_SHIFT: shift}
-    refused(lambda: build_skeleton(ModelFolder(WHERE, WHERE, config)), TIME_FREQUENCY_SHIFT, "0 or 1")
+    refused(lambda: build_skeleton(ModelFolder(WHERE, WHERE, config)), TIME_FREQUENCY_SHIFT, "0 or 1 for a DiTTransformer2DModel")

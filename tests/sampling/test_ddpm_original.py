@@ -249,7 +249,7 @@ def closed_form(steps: int, mean: float, variance: float, place: float) -> tuple
 def test_moments_for_gaussian_data(monkeypatch: pytest.MonkeyPatch, place: float) -> None:
     mean, variance = torch.tensor([0.0, 1.5, -0.7]), torch.tensor([1.0, 0.25, 2.0])
     model = GaussianModel(mean, variance, place)
-    monkeypatch.setattr(sampler, "adapter_for", lambda _: GaussianAdapter())
+    monkeypatch.setattr(sampler, "class_conditional_adapter", lambda _: GaussianAdapter())
     shape, samples = (3, 64, 64), 4
     noise = starting_noise(0, SAMPLE, range(samples), shape)
     found = sample_ancestral(

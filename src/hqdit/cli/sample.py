@@ -69,7 +69,7 @@ def sample(
 
         from hqdit.evaluation.image_files import write_adm_npz
         from hqdit.integrations.pixel_pipeline import as_pil
-        from hqdit.models.adapter import adapter_for
+        from hqdit.models.adapter import class_conditional_adapter
         from hqdit.models.class_names import choose_classes, class_names
         from hqdit.models.source import find_model, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
@@ -85,7 +85,9 @@ def sample(
         _require_npz(npz, out, folder.root)
         given = None if classes is None else choose_classes(classes, class_names(folder))
         transformer = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
-        labels = given or list(range(min(DEFAULT_CLASSES, adapter_for(transformer).num_classes(transformer))))
+        labels = given or list(
+            range(min(DEFAULT_CLASSES, class_conditional_adapter(transformer).num_classes(transformer)))
+        )
         require_classes(labels, transformer)
         require_guidance(transformer, guidance)
         vae = load_vae(folder, options.device)
@@ -122,9 +124,9 @@ def sample(
 
 def _require_pixels(where: Path, transformer: nn.Module) -> None:
     """Raise `CheckpointError` for a model on latents, which no file format shows, without an autoencoder."""
-    from hqdit.models.adapter import adapter_for
+    from hqdit.models.adapter import class_conditional_adapter
 
-    channels = adapter_for(transformer).latent_shape(transformer)[0]
+    channels = class_conditional_adapter(transformer).latent_shape(transformer)[0]
     if channels not in (1, 3):
         raise CheckpointError(
             f"{where}: found no autoencoder beside a model on {channels} channels, needed one to make images of them. "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hqdit.errors import CheckpointError, NumericsError, UsageError
-from hqdit.models.adapter import adapter_for
+from hqdit.models.adapter import class_conditional_adapter
 from hqdit.progress import track
 from hqdit.sampling.ddpm_original import AncestralSchedule, training_betas
 from hqdit.sampling.noise import SAMPLE, starting_noise, step_noise
@@ -87,7 +87,7 @@ def require_deterministic(scheduler: Any) -> None:
 
 def require_classes(classes: list[int], model: nn.Module) -> None:
     """Raise `UsageError` for a class that the model does not have."""
-    count = adapter_for(model).num_classes(model)
+    count = class_conditional_adapter(model).num_classes(model)
     for label in classes:
         if not 0 <= label < count:
             raise UsageError(f"--classes: found {label}, needed a number from 0 to {count - 1}. Fix: pick such a class")
@@ -95,7 +95,7 @@ def require_classes(classes: list[int], model: nn.Module) -> None:
 
 def require_guidance(model: nn.Module, guidance: float) -> None:
     """Raise `UsageError` for guidance on a model without a null class."""
-    if guidance != 1.0 and adapter_for(model).null_class(model) is None:
+    if guidance != 1.0 and class_conditional_adapter(model).null_class(model) is None:
         raise UsageError(
             f"--guidance: found {guidance} for a model without a null class, needed 1.0. Fix: pass --guidance 1.0"
         )
@@ -116,7 +116,7 @@ def predict_branches(
     Raises:
         UsageError: guidance other than 1.0 on a model without a null class.
     """
-    predict = adapter_for(model).predict_noise
+    predict = class_conditional_adapter(model).predict_noise
     if guidance == 1.0:
         return predict(model, latents, timesteps, classes), None
     conditional, unconditional = predict(model, *_both_branches(model, latents, timesteps, classes, guidance)).chunk(2)
@@ -128,7 +128,7 @@ def _both_branches(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A model's inputs twice, the second time with the null class; raises as `predict_branches`."""
     require_guidance(model, guidance)
-    null_class = adapter_for(model).null_class(model)
+    null_class = class_conditional_adapter(model).null_class(model)
     assert null_class is not None  # require_guidance made sure of it
     labels = torch.cat([classes, torch.full_like(classes, null_class)])
     return torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), labels
@@ -242,7 +242,7 @@ def _predict_as_original(
     model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor, guidance: float
 ) -> tuple[Tensor, Tensor]:
     """Noise, guided on the first channels only, and variance; everything unguided is the conditional branch's."""
-    predict = adapter_for(model).predict_noise_and_variance
+    predict = class_conditional_adapter(model).predict_noise_and_variance
     if guidance == 1.0:
         return predict(model, latents, timesteps, classes)
     noise, variance = predict(model, *_both_branches(model, latents, timesteps, classes, guidance))
@@ -290,7 +290,7 @@ def generate_images(
         )
     require_classes(list(classes), model)
     device = next(model.parameters()).device
-    shape = adapter_for(model).latent_shape(model)
+    shape = class_conditional_adapter(model).latent_shape(model)
     images = []
     starts = range(0, len(classes), batch_size)
     for number, start in enumerate(starts):
