@@ -34,6 +34,7 @@ COMMANDS = (
     "analyze",
     "inspect",
     "doctor",
+    "convert",
     "inject-outliers",
     "bench",
     "reproduce",

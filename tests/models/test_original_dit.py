@@ -237,4 +237,13 @@ def test_positions_of_another_model() -> None:
 @pytest.mark.parametrize("shift", [2, -1, 0.5, "0", None, True])
 def test_frequencies_that_no_model_has(shift: object) -> None:
     config = {**read_sizes(original_state(), WHERE, HEADS).transformer_config(), TIME_FREQUENCY_SHIFT: shift}
-    refused(lambda: build_skeleton(ModelFolder(WHERE, WHERE, config)), TIME_FREQUENCY_SHIFT, "0 or 1 for a DiTTransformer2DModel")
+    refused(
+        lambda: build_skeleton(ModelFolder(WHERE, WHERE, config)),
+        TIME_FREQUENCY_SHIFT,
+        "0 or 1 for a DiTTransformer2DModel",
+    )
+
+
+def test_frequencies_of_another_architecture() -> None:
+    config = {"_class_name": "PixArtTransformer2DModel", "num_layers": 1, TIME_FREQUENCY_SHIFT: 0}
+    refused(lambda: build_skeleton(ModelFolder(WHERE, WHERE, config), is_empty=True), "PixArt", "for a DiT")
