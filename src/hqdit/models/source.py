@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hqdit.errors import CheckpointError, EnvironmentUnavailable, UsageError
+from hqdit.errors import CheckpointError, EnvironmentUnavailable, UsageError, reason_of
 from hqdit.models.weights import read_json, read_weights, require_finite, require_float, require_state
 
 #: Models that ship with the package.
@@ -33,6 +33,10 @@ DEFAULT_SCHEDULER: dict[str, Any] = {
 #: Old hub checkpoints say Transformer2DModel; by its norm_type it is one of today's classes.
 _LEGACY_CLASS = "Transformer2DModel"
 _LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+
+#: Key of a DiT's config.json for the frequencies 10000^(-k / (128 - shift)) with which its time step is embedded: 1 is
+#: what diffusers builds; 0 is what the original was trained with (as ADM, arXiv 2105.05233). diffusers skips the key.
+TIME_FREQUENCY_SHIFT = "_downscale_freq_shift"
 
 #: Sizes in a config.json and their bounds, so that a wrong number is answered before it has filled the memory.
 _LARGEST_SIZES = {
@@ -109,19 +113,14 @@ def _download(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except HFValidationError as error:
         raise CheckpointError(
-            f"{repository}: found no such folder and no valid hub id ({_reason(error)}), needed one of both. "
+            f"{repository}: found no such folder and no valid hub id ({reason_of(error)}), needed one of both. "
             "Fix: check the name"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentUnavailable(
-            f"{repository}: found no such folder, and the hub did not give the model ({_reason(error)}), needed "
+            f"{repository}: found no such folder, and the hub did not give the model ({reason_of(error)}), needed "
             "a connection and an existing repository. Fix: check name, network and token, or pass a local folder"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a foreign error's message, so that ours stays on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _inspect(root: Path) -> ModelFolder:
@@ -182,9 +181,11 @@ def build_skeleton(folder: ModelFolder, is_empty: bool = False) -> nn.Module:
             model: nn.Module = model_class(**settings)
     except Exception as error:  # whatever comes out of a constructor that does not expect these values
         raise CheckpointError(
-            f"{where}: found values that build no model ({_reason(error)}), needed those of a {model_class.__name__}. "
-            "Fix: get the file again or correct it"
+            f"{where}: found values that build no model ({reason_of(error)}), needed those of a "
+            f"{model_class.__name__}. Fix: get the file again or correct it"
         ) from error
+    if TIME_FREQUENCY_SHIFT in config:
+        _set_time_frequencies(model, config[TIME_FREQUENCY_SHIFT], where)
     return model.eval()
 
 
@@ -207,6 +208,20 @@ def _transformer_class(config: dict[str, Any], where: Path) -> type[nn.Module]:
             f"{diffusers.__version__}, such as DiTTransformer2DModel. Fix: choose such a model, or upgrade diffusers"
         )
     return cast("type[nn.Module]", found)
+
+
+def _set_time_frequencies(model: nn.Module, shift: Any, where: Path) -> None:
+    """Embed the time step with the frequencies that the configuration asks for, and remember it there."""
+    name = type(model).__name__
+    if name != "DiTTransformer2DModel" or isinstance(shift, bool) or shift not in (0, 1):
+        raise CheckpointError(
+            f"{where}: found {TIME_FREQUENCY_SHIFT} {shift!r} for a {name}, needed 0 or 1 for a DiTTransformer2DModel. "
+            "Fix: get the file again or correct it"
+        )
+    if shift == 0:
+        for block in cast(Any, model).transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+        cast(Any, model).register_to_config(**{TIME_FREQUENCY_SHIFT: 0})
 
 
 def load_float_transformer(folder: ModelFolder) -> nn.Module:
@@ -260,8 +275,8 @@ def load_scheduler(folder: ModelFolder) -> Any:
         return cast(Any, scheduler).from_config(config)
     except Exception as error:  # whatever comes out of a constructor that does not expect these values
         raise CheckpointError(
-            f"{path}: found values that build no scheduler ({_reason(error)}), needed those of a {scheduler.__name__}. "
-            "Fix: get the file again or correct it"
+            f"{path}: found values that build no scheduler ({reason_of(error)}), needed those of a "
+            f"{scheduler.__name__}. Fix: get the file again or correct it"
         ) from error
 
 
@@ -277,9 +292,9 @@ def load_vae(folder: ModelFolder, device: torch.device | str = "cpu") -> Any | N
     from diffusers import AutoencoderKL
 
     try:
-        return AutoencoderKL.from_pretrained(path).eval().to(device)
+        return AutoencoderKL.from_pretrained(path, use_safetensors=True).eval().to(device)
     except Exception as error:  # whatever comes out of a loader that does not expect these files
         raise CheckpointError(
-            f"{path}: found an autoencoder that cannot be loaded ({_reason(error)}), needed an AutoencoderKL folder. "
+            f"{path}: found an autoencoder that cannot be loaded ({reason_of(error)}), needed an AutoencoderKL folder. "
             "Fix: get the folder again"
         ) from error
