@@ -46,6 +46,7 @@ class FamilyAdapter(ModelAdapter):
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        self.name = family.name
         self.has_long_skips = family.has_long_skips
 
     def matches(self, model: nn.Module) -> bool:
