@@ -13,6 +13,7 @@ from torch import nn
 from hqdit.errors import CheckpointError, reason_of
 from hqdit.integrations.pixel_pipeline import PixelDiTPipeline
 from hqdit.models.adapter import ClassConditionalAdapter, adapter_for
+from hqdit.models.precision import to_dtype
 from hqdit.models.source import PIPELINE_INDEX_NAME, ModelFolder, find_model, load_scheduler, load_vae
 from hqdit.models.weights import read_json
 from hqdit.pipeline.checkpoint import load_folder
@@ -36,7 +37,7 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: 
         EnvironmentUnavailable: a hub id, and the hub cannot be reached.
     """
     folder = find_model(path)
-    return pipeline_around(nn.Module.to(load_folder(folder), device=device, dtype=dtype), folder, dtype, device)
+    return pipeline_around(to_dtype(load_folder(folder), dtype, device), folder, dtype, device)
 
 
 def pipeline_around(

@@ -29,8 +29,6 @@ class Family:
         has_long_skips: see `ModelAdapter`.
         alternates: whether a block of the first list is followed by one of the second and so on, instead of the lists
             one after the other.
-        values: attention output below the block -> the value projection of which it reads a mix over tokens, head by
-            head, with nothing in between.
     """
 
     name: str
@@ -38,7 +36,6 @@ class Family:
     blocks: Mapping[str, tuple[Stage, ...]]
     has_long_skips: bool = False
     alternates: bool = False
-    values: Mapping[str, str] | None = None
 
 
 class FamilyAdapter(ModelAdapter):
