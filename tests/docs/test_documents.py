@@ -28,7 +28,7 @@ from tiny import calibration, tiny_dit
 import hqdit
 from hqdit.cli.main import app
 from hqdit.layers.linear import HQLinear
-from hqdit.pipeline import checkpoint
+from hqdit.pipeline import checkpoint, description
 from hqdit.pipeline.checkpoint import load, save
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
@@ -422,7 +422,7 @@ def entries(descriptions: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_top_level_keys(descriptions: list[dict[str, Any]]) -> None:
     documented = table_of_keys("quantization_config")
     require_keys(descriptions, documented)
-    assert set(documented) == checkpoint._KEYS
+    assert set(documented) == description.KEYS
 
 
 def test_keys_of_the_request(descriptions: list[dict[str, Any]]) -> None:
