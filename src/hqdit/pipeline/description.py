@@ -11,6 +11,8 @@ from torch import nn
 import hqdit
 from hqdit.errors import CheckpointError, UsageError
 from hqdit.layers.linear import HQLinear
+from hqdit.layers.matrix_layers import is_matrix_layer, matrix_shape
+from hqdit.layers.pointwise_conv import quantized_class
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.record import QuantizationRecord
 from hqdit.quantizers.spec import LinearSpec
@@ -145,23 +147,26 @@ def place_empty_layers(model: nn.Module, description: Description, where: Path |
     """
     for name, spec in description.specs.items():
         _require_same_shape(model, name, spec, where)
-        model.set_submodule(name, HQLinear(spec, bias=description.has_bias[name], device="meta").eval())
+        layer_class = quantized_class(model.get_submodule(name))
+        layer = layer_class(spec, bias=description.has_bias[name], device="meta")
+        model.set_submodule(name, layer.eval())
 
 
 def _require_same_shape(model: nn.Module, name: str, spec: LinearSpec, where: Path | str) -> None:
     try:
-        linear = model.get_submodule(name)
+        layer = model.get_submodule(name)
     except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear):
+        layer = None
+    if layer is None or not is_matrix_layer(layer):
         raise CheckpointError(
             f"{where}: found the layer {name!r} in quantization_config, which is no linear layer of this model, needed "
             "one that is. Fix: quantize the model again"
         )
-    if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
+    in_features, out_features = matrix_shape(layer)
+    if (in_features, out_features) != (spec.in_features, spec.out_features):
         raise CheckpointError(
             f"{where}: found {spec.in_features} -> {spec.out_features} for layer {name} in quantization_config, needed "
-            f"{linear.in_features} -> {linear.out_features} as in the model. Fix: quantize the model again"
+            f"{in_features} -> {out_features} as in the model. Fix: quantize the model again"
         )
 
 
