@@ -10,6 +10,7 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from hqdit.errors import UsageError
+from hqdit.integrations.registration import register
 from hqdit.pipeline.config import QuantizationConfig
 
 # diffusers imports this module while it imports itself: nothing here may need diffusers' models.
@@ -106,3 +107,6 @@ class HQDiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in self.to_diff_dict().items() if key != "quant_method")
         return f"HQDiTConfig({settings})"
+
+
+register()

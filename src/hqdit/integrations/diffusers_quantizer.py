@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hqdit.errors import CheckpointError, UsageError
 from hqdit.integrations.diffusers_config import HQDiTConfig
+from hqdit.integrations.registration import register
 
 if TYPE_CHECKING:
     from hqdit.integrations.load_quantized import QuantizedWeights
@@ -223,3 +224,6 @@ class HQDiTQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Also as one graph."""
         return True
+
+
+register()

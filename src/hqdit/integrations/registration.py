@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -30,12 +31,15 @@ def register() -> None:
 
 def add_to_tables(tables: Any) -> None:
     """Write hqdit's classes into `tables`, unless a newer diffusers has classes for the method itself."""
-    from hqdit.integrations.diffusers_config import HQDiTConfig
-    from hqdit.integrations.diffusers_quantizer import HQDiTQuantizer
-
+    found = []
+    for module, name in (("diffusers_config", "HQDiTConfig"), ("diffusers_quantizer", "HQDiTQuantizer")):
+        found.append(getattr(importlib.import_module(f"hqdit.integrations.{module}"), name, None))
+        if found[-1] is None:
+            return  # this module is the one that imported diffusers, and registers when it is complete
+    config, quantizer = found
     if METHOD not in tables.AUTO_QUANTIZATION_CONFIG_MAPPING and METHOD not in tables.AUTO_QUANTIZER_MAPPING:
-        tables.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HQDiTConfig
-        tables.AUTO_QUANTIZER_MAPPING[METHOD] = HQDiTQuantizer
+        tables.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config
+        tables.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
 
 
 class _TablesFinder(MetaPathFinder):
