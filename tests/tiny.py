@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel
 
 from hqdit.calibration.samples import CalibrationSet
 from hqdit.kernels.selection import BACKENDS
@@ -148,3 +148,21 @@ def require_complete(error: Any, *parts: str) -> None:
     for part in ("needed", "Fix: ", *parts):
         assert part in line, f"{part!r} is missing in: {line}"
     assert "Traceback" not in str(error)
+
+
+def tiny_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
+    """A random float32 model of another kind: joint and single blocks, text beside image tokens."""
+    settings: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 12,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 8,
+        "pooled_projection_dim": 8,
+        "axes_dims_rope": (4, 4, 4),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FluxTransformer2DModel(**{**settings, **changes})
+    return model.eval()

@@ -34,6 +34,7 @@ class ModelCall:
         """Run `module` on these arguments."""
         return module(*self.args, **self.kwargs)
 
+    @torch.no_grad()
     def output(self, model: nn.Module) -> Tensor:
         """Everything that `model` computes for this call, as one float32 vector, for comparisons."""
         found: list[Tensor] = []
