@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hqdit.errors import UsageError
 from hqdit.formats.packed_layout import packed_row_bytes
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.linear import PackedWeight, packed_level_tables
@@ -206,7 +207,17 @@ class HQLinear(nn.Linear):
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HQLinear:
-        """Moving works as for any module, but `.to(dtype)` leaves the scales and the branch as they are."""
+        """Moving works as for any module, but `.to(dtype)` leaves the scales and the branch as they are.
+
+        Raises:
+            UsageError: a dtype of 8 bits, which would spoil the bias.
+        """
+        dtype = fn(self.weight_scale.new_empty(0)).dtype
+        if dtype.itemsize < 2:
+            raise UsageError(
+                f"{self.spec.name}: found a cast of a quantized layer to {dtype}, needed at least 16 bits for its bias. "
+                "Fix: leave out layerwise casting; the weights take 4 bits already"
+            )
         exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
