@@ -15,6 +15,7 @@ import hqdit
 from hqdit.cli.analyze import analyze
 from hqdit.cli.bench import bench
 from hqdit.cli.demo import demo
+from hqdit.cli.dequantize import dequantize
 from hqdit.cli.doctor import doctor
 from hqdit.cli.evaluate import evaluate
 from hqdit.cli.inspect import inspect
@@ -40,6 +41,7 @@ app = typer.Typer(
 for command in (
     demo,
     quantize,
+    dequantize,
     sample,
     evaluate,
     score,
