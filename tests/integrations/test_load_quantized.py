@@ -16,7 +16,7 @@ from small_models import DIT, DTYPE, SMALL_MODELS, SmallModel
 from tiny import calibration, random_calibration, require_complete, tiny_dit
 
 import hqdit
-from hqdit.errors import CheckpointError, HQDiTError, UsageError
+from hqdit.errors import CheckpointError, UsageError
 from hqdit.integrations.diffusers_config import HQDiTConfig
 from hqdit.kernels.linear import packed_level_tables
 from hqdit.models.weights import INDEX_NAME, WEIGHTS_NAME
@@ -35,7 +35,8 @@ PAPER = QuantizationConfig(fold_value_rotation=True)
 
 
 def quantized(config: QuantizationConfig) -> Any:
-    return hqdit.quantize(tiny_dit(), config, random_calibration(tiny_dit(), 16))
+    """One block keeps loading fast."""
+    return hqdit.quantize(tiny_dit(num_layers=1), config, random_calibration(tiny_dit(num_layers=1), 16))
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +263,6 @@ def require_refused(folder: Path, *parts: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         from_pretrained(folder)
     require_complete(caught.value, *parts)
-    with pytest.raises(HQDiTError):
-        hqdit.load(folder)
 
 
 LAYER = "transformer_blocks.0.attn1.to_q"

@@ -14,8 +14,7 @@ from hqdit.integrations.diffusers_config import HQDiTConfig
 from hqdit.integrations.registration import register
 
 if TYPE_CHECKING:
-    from hqdit.integrations.load_quantized import QuantizedWeights
-    from hqdit.integrations.quantize_on_load import FloatWeights
+    from hqdit.integrations.arriving_weights import ArrivingWeights
 
 # diffusers imports this module while it imports itself, before there are models: what needs them is imported in the
 # methods.
@@ -38,6 +37,8 @@ class HQDiTQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: HQDiTConfig, **kwargs: Any) -> None:
         # A copy: the caller's config may serve several models, and each model gets a description of its own.
+        # from_single_file does not say what the weights are.
+        kwargs.setdefault("pre_quantized", quantization_config.description is not None)
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         if self.pre_quantized and quantization_config.description is None:
             raise CheckpointError(
@@ -49,7 +50,7 @@ class HQDiTQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 "quantization_config: found the description of a quantized checkpoint for float weights, needed a "
                 "request. Fix: pass HQDiTConfig() with the settings that you want"
             )
-        self._weights: FloatWeights | QuantizedWeights | None = None
+        self._weights: ArrivingWeights | None = None
         #: Of the finished model; `save_pretrained` writes these and no others.
         self.tensor_names: frozenset[str] = frozenset()
 
@@ -102,8 +103,8 @@ class HQDiTQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     @property
     def supports_parallel_loading(self) -> bool:
-        """Not on the fly: which float weights are there at once would depend on the threads."""
-        return bool(self.pre_quantized)
+        """Never: which float weights are there at once would depend on the threads."""
+        return False
 
     # Loading
 
@@ -121,7 +122,7 @@ class HQDiTQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         announce(model, self)
 
     @property
-    def _started(self) -> FloatWeights | QuantizedWeights:
+    def _started(self) -> ArrivingWeights:
         assert self._weights is not None  # diffusers has called _process_model_before_weight_loading
         return self._weights
 
@@ -138,8 +139,8 @@ class HQDiTQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        """Whether the tensor comes to `create_quantized_param`."""
-        return self._started.takes(param_name)
+        """Whether the tensor comes to `create_quantized_param`, as all do, so that all are checked."""
+        return True
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Raise `CheckpointError`: diffusers asks only where the shapes differ."""
@@ -159,7 +160,7 @@ class HQDiTQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take one tensor; a layer appears with the last one that it needs.
+        """Take one tensor; a layer appears with the last one that it needs, and the model is finished with the last.
 
         `param_value` has been cast to the load dtype, scales included; the tensor as stored is in `state_dict`.
         """
@@ -169,13 +170,15 @@ class HQDiTQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 f"weight files ({len(unexpected_keys)} in all), needed exactly those of the model. Fix: use the "
                 "weights that belong to this config.json"
             )
-        self._started.take(param_name, state_dict[param_name], dtype, torch.device(target_device))
-
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from hqdit.integrations.attachment import config_of
 
-        self.quantization_config.description = config_of(model, self._started.finish()).description
-        self.tensor_names = frozenset(model.state_dict())
+        self._started.take(param_name, state_dict[param_name], dtype, torch.device(target_device))
+        if self._started.record is not None:
+            self.quantization_config.description = config_of(model, self._started.record).description
+            self.tensor_names = frozenset(model.state_dict())
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._started.require_complete()
         self._weights = None
         return model
 
@@ -200,8 +203,8 @@ class HQDiTQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if other:
             raise UsageError(
                 f"save_pretrained: found layers changed since the model was quantized ({other[0]}), needed the model "
-                "without adapters. Fix: save these with save_lora_adapter and remove them with delete_adapters, or "
-                "unload_lora_weights of the pipeline"
+                "without adapters. Fix: save these with the pipeline's save_lora_weights, and take them off with "
+                "unload_lora"
             )
         return without_aliases(state_dict, self.quantization_config.description["shared_tensors"]), {}
 

@@ -215,8 +215,8 @@ class HQLinear(nn.Linear):
         dtype = fn(self.weight_scale.new_empty(0)).dtype
         if dtype.itemsize < 2:
             raise UsageError(
-                f"{self.spec.name}: found a cast of a quantized layer to {dtype}, needed at least 16 bits for its bias. "
-                "Fix: leave out layerwise casting; the weights take 4 bits already"
+                f"{self.spec.name}: found a cast of a quantized layer to {dtype}, needed at least 16 bits for its "
+                "bias. Fix: leave out layerwise casting; the weights take 4 bits already"
             )
         exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
