@@ -15,6 +15,7 @@ from hqdit.integrations.registration import register as _register_with_diffusers
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hqdit.calibration.recording import RecordedCalls
     from hqdit.calibration.samples import CalibrationSet
     from hqdit.errors import HQDiTError
     from hqdit.integrations.diffusers_config import HQDiTConfig
@@ -35,6 +36,7 @@ _HOME_OF = {
     "QuantizationConfig": "hqdit.pipeline.config",
     "load": "hqdit.integrations.model_verbs",
     "load_pipeline": "hqdit.integrations.load_pipeline",
+    "RecordedCalls": "hqdit.calibration.recording",
     "push_to_hub": "hqdit.integrations.hub",
     "quantize": "hqdit.integrations.model_verbs",
     "save": "hqdit.pipeline.checkpoint",
@@ -47,6 +49,7 @@ __all__ = [
     "HQLinear",
     "PixelDiTPipeline",
     "QuantizationConfig",
+    "RecordedCalls",
     "__version__",
     "load",
     "load_pipeline",

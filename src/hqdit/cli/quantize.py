@@ -102,7 +102,8 @@ def quantize(
         raise UsageError("--out: found nothing, needed the folder to write. Fix: add --out DST, or --dry-run")
     with running(quiet_mode=quiet, device=device, backend=backend, threads=threads, seed=seed) as options:
         from hqdit.calibration.recording import read_calibration
-        from hqdit.models.source import find_model, load_float_transformer
+        from hqdit.models.adapter import ClassConditionalAdapter, adapter_for
+        from hqdit.models.source import find_model, load_float_transformer, load_scheduler
         from hqdit.pipeline.checkpoint import save
         from hqdit.pipeline.config import QuantizationConfig
         from hqdit.pipeline.plan import plan_quantization
@@ -141,6 +142,8 @@ def quantize(
         require_json(json_file, out, *sources)
         given = read_calibration(calibration) if calibration is not None else None
         model = load_float_transformer(folder).to(options.device)
+        if isinstance(adapter_for(model), ClassConditionalAdapter):
+            load_scheduler(folder)  # a broken one is found now, not when somebody samples
         is_drawn = given is None and config.needs_calibration
         if is_drawn:
             request.require_fits(model, folder)
