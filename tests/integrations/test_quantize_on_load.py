@@ -22,6 +22,7 @@ from hqdit.models.weights import INDEX_NAME, WEIGHTS_NAME
 from hqdit.pipeline.checkpoint import quantized_layers
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.input_group import InputGroup
+from hqdit.pipeline.plan import plan_quantization
 
 each_model = pytest.mark.parametrize("small", SMALL_MODELS, ids=lambda small: small.name)
 DATA_FREE = QuantizationConfig(gptq=False)
@@ -137,6 +138,8 @@ def test_no_layer_inside_such_modules_is_quantized(monkeypatch: pytest.MonkeyPat
     assert model.transformer_blocks[0].ff.net[2].weight.dtype == torch.float32
     names = list(quantized_layers(model))
     assert names and not any(".ff." in name for name in names)
+    require_same_state(on_load(folder), hqdit.quantize(tiny_dit(), DATA_FREE))
+    assert plan_quantization(tiny_dit(), DATA_FREE).skipped["transformer_blocks.0.ff.net.2"].endswith("in float32")
 
 
 # Memory: an input group is quantized as soon as it is complete

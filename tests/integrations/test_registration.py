@@ -41,16 +41,7 @@ def printed(code: str, **environment: str) -> str:
         "import hqdit\nhqdit.HQDiTConfig\n" + TABLES,
         "import hqdit.integrations.diffusers_quantizer\n" + TABLES,
     ],
-    ids=[
-        "hqdit first",
-        "tables first",
-        "diffusers first",
-        "model class",
-        "pipeline class",
-        "config",
-        "quantizer",
-        "twice",
-    ],
+    ids=["hqdit first", "tables first", "model class", "pipeline class", "config", "quantizer"],
 )
 def test_in_either_order(order: str) -> None:
     assert printed(order + SHOW) == BOTH

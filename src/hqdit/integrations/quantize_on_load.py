@@ -25,7 +25,7 @@ class FloatWeights(ArrivingWeights):
     Args:
         model: on the meta device.
         request: data-free.
-        keep_in_fp32: names of modules that the model's class wants in float32; no layer inside them is quantized.
+        keep_in_fp32: names of modules that the model's class wants in float32.
 
     Raises:
         UsageError, NumericsError, CheckpointError: as `pipeline.plan.plan_quantization`.
@@ -34,9 +34,6 @@ class FloatWeights(ArrivingWeights):
     def __init__(self, model: nn.Module, request: QuantizationConfig, keep_in_fp32: list[str]) -> None:
         super().__init__(model, keep_in_fp32)
         self._plan = plan_quantization(model, request)
-        kept = [layer.site.name for layer in self._plan.layers if set(keep_in_fp32) & set(layer.site.name.split("."))]
-        if kept:
-            self._plan = plan_quantization(model, request.replace(exclude=(*request.exclude, *kept)))
         self._request = request
         self._progress = QuantizationRecord(request, parameters=sum(p.numel() for p in model.parameters()))
         self._groups: dict[str, list[PlannedLayer]] = defaultdict(list)
