@@ -13,6 +13,7 @@ from small_models import DIT, FLUX, SD3, SMALL_MODELS, SmallModel
 from tiny import latent_dit, tiny_vae
 
 from hqdit.integrations.diffusers_config import HQDiTConfig
+from hqdit.kernels.selection import default_backend, use_backend
 from hqdit.pipeline.checkpoint import quantized_layers
 
 each_model = pytest.mark.parametrize("small", SMALL_MODELS, ids=lambda small: small.name)
@@ -27,18 +28,29 @@ def load(tmp_path: Path) -> Callable[..., Any]:
     return loaded
 
 
-@each_model
-def test_it_compiles_as_one_graph(small: SmallModel, load: Callable[..., Any]) -> None:
+#: torch says so of every cached table of the composed backends, which it computes again in the graph.
+cached_tables = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+
+
+@cached_tables
+@pytest.mark.parametrize(
+    ("small", "backend"),
+    [*((small, default_backend()) for small in SMALL_MODELS), (DIT, "torch"), (FLUX, "torch")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_it_compiles_as_one_graph(small: SmallModel, backend: str, load: Callable[..., Any]) -> None:
     torch.compiler.reset()
     model = load(small)
     assert model.hf_quantizer.is_compileable
-    expected = small.output(model)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(small.output(compiled), expected)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with use_backend(backend):
+        expected = small.output(model)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert torch.equal(small.output(compiled), expected)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(small.output(compiled), expected)
 
 
+@cached_tables
 @each_model
 def test_its_blocks_compile(small: SmallModel, load: Callable[..., Any]) -> None:
     torch.compiler.reset()
