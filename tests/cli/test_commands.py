@@ -35,6 +35,7 @@ COMMANDS = (
     "analyze",
     "inspect",
     "doctor",
+    "convert",
     "inject-outliers",
     "bench",
     "reproduce",

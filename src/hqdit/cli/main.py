@@ -14,6 +14,7 @@ import typer
 import hqdit
 from hqdit.cli.analyze import analyze
 from hqdit.cli.bench import bench
+from hqdit.cli.convert import convert
 from hqdit.cli.demo import demo
 from hqdit.cli.dequantize import dequantize
 from hqdit.cli.doctor import doctor
@@ -48,6 +49,7 @@ for command in (
     analyze,
     inspect,
     doctor,
+    convert,
     inject_outliers,
     bench,
     reproduce,

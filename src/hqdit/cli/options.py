@@ -112,21 +112,6 @@ def _require_device(name: str) -> torch.device:
     return device
 
 
-def parse_classes(text: str) -> list[int]:
-    """The numbers of a comma-separated list.
-
-    Raises:
-        UsageError: empty, or an entry that is no number.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    try:
-        return [int(part) for part in parts]
-    except ValueError as error:
-        raise UsageError(
-            f"--classes: found {text!r}, needed comma-separated numbers. Fix: for example --classes 0,1,2"
-        ) from error
-
-
 def require_count(flag: str, value: int, at_least: int = 1) -> None:
     """Raise `UsageError` unless `value` is from `at_least` to `MAX_COUNT`."""
     if not at_least <= value <= MAX_COUNT:

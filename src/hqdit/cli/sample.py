@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,14 +21,16 @@ from hqdit.cli.options import (
     Seed,
     Steps,
     Threads,
-    parse_classes,
     require_count,
     require_json,
     running,
     say,
     write_json,
 )
-from hqdit.errors import UsageError
+from hqdit.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEFAULT_CLASSES = 10
 
@@ -36,10 +38,15 @@ DEFAULT_CLASSES = 10
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Float or quantized model.")],
     out: Out,
-    classes: Annotated[str | None, typer.Option(help="Classes, taken in turn; default: the first ten.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes by number or name, taken in turn; default: the first ten.")
+    ] = None,
     num: Annotated[int, typer.Option(help="Images in all.")] = 10,
     steps: Steps = 50,
     guidance: Guidance = 1.5,
+    sampler: Annotated[
+        str, typer.Option(help="scheduler (the model's own, deterministic), or ddpm-original (DiT's, with new noise).")
+    ] = "scheduler",
     batch_size: BatchSize = 64,
     npz: Annotated[
         Path | None, typer.Option("--npz", help="Also write all images to this .npz, as ADM's suite reads it.")
@@ -57,13 +64,13 @@ def sample(
     """Sample images: one PNG each and one grid."""
     require_count("--num", num)
     require_count("--batch-size", batch_size)
-    given = None if classes is None else parse_classes(classes)
     with running(quiet_mode=quiet, device=device, dtype=dtype, backend=backend, threads=threads, seed=seed) as options:
         from torch import nn
 
         from hqdit.evaluation.image_files import write_adm_npz
         from hqdit.integrations.pixel_pipeline import as_pil
         from hqdit.models.adapter import class_conditional_adapter
+        from hqdit.models.class_names import choose_classes, class_names
         from hqdit.models.source import find_model, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
         from hqdit.pipeline.environment import describe_environment
@@ -71,11 +78,12 @@ def sample(
         from hqdit.report.figures import image_grid
         from hqdit.sampling.sampler import SamplingConfig, generate_images, require_classes, require_guidance, to_uint8
 
-        config = SamplingConfig(steps, guidance)
+        config = SamplingConfig(steps, guidance, sampler)
         folder = find_model(model)
         require_free(out, overwrite, folder.root)
         require_json(json_file, out, folder.root)
         _require_npz(npz, out, folder.root)
+        given = None if classes is None else choose_classes(classes, class_names(folder))
         transformer = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
         labels = given or list(
             range(min(DEFAULT_CLASSES, class_conditional_adapter(transformer).num_classes(transformer)))
@@ -83,6 +91,8 @@ def sample(
         require_classes(labels, transformer)
         require_guidance(transformer, guidance)
         vae = load_vae(folder, options.device)
+        if vae is None:
+            _require_pixels(folder.root, transformer)
         chosen = [labels[index % len(labels)] for index in range(num)]
         images = to_uint8(
             generate_images(transformer, load_scheduler(folder), vae, chosen, config, seed, batch_size=batch_size)
@@ -100,6 +110,7 @@ def sample(
                 "classes": chosen,
                 "steps": steps,
                 "guidance": guidance,
+                "sampler": sampler,
                 "seed": seed,
                 "device": str(options.device),
                 "dtype": dtype,
@@ -109,6 +120,18 @@ def sample(
             write_json(json_file, result)
         if not quiet:
             say(f"{out}: {num} images and grid.png")
+
+
+def _require_pixels(where: Path, transformer: nn.Module) -> None:
+    """Raise `CheckpointError` for a model on latents, which no file format shows, without an autoencoder."""
+    from hqdit.models.adapter import class_conditional_adapter
+
+    channels = class_conditional_adapter(transformer).latent_shape(transformer)[0]
+    if channels not in (1, 3):
+        raise CheckpointError(
+            f"{where}: found no autoencoder beside a model on {channels} channels, needed one to make images of them. "
+            "Fix: put an AutoencoderKL folder as vae/ beside transformer/ and a model_index.json, as hqdit convert does"
+        )
 
 
 def _require_npz(path: Path | None, out: Path, source: Path) -> None:

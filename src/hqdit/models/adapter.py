@@ -9,7 +9,7 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from hqdit.errors import CheckpointError
+from hqdit.errors import CheckpointError, UsageError
 from hqdit.layers.linear import HQLinear
 from hqdit.layers.matrix_layers import is_matrix_layer
 from hqdit.layers.shared_input import share_input
@@ -124,6 +124,19 @@ class ClassConditionalAdapter(ModelAdapter):
     @abstractmethod
     def predict_noise(self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
         """Predicted noise, shape of `latents`: a learned variance, if the model has one, is dropped."""
+
+    def predict_noise_and_variance(
+        self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Predicted noise, and where the variance lies between its bounds: -1 to 1; both of the shape of `latents`.
+
+        Raises:
+            UsageError: the model has no learned variance.
+        """
+        raise UsageError(
+            f"--sampler: found ddpm-original for a model without a learned variance ({type(model).__name__}), needed "
+            "one whose output has twice the channels of its input. Fix: use --sampler scheduler"
+        )
 
     @abstractmethod
     def latent_shape(self, model: nn.Module) -> tuple[int, int, int]:

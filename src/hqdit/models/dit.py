@@ -50,8 +50,19 @@ class DiTAdapter(ClassConditionalAdapter):
         return cast(Tensor, norm.silu(embedding))
 
     def predict_noise(self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
-        output = self.call(model, latents, timesteps, classes)(model).sample
-        return cast(Tensor, output[:, : latents.shape[1]].to(latents.dtype))
+        return self._output(model, latents, timesteps, classes)[:, : latents.shape[1]]
+
+    def predict_noise_and_variance(
+        self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if cast(Any, model).out_channels != 2 * latents.shape[1]:
+            return super().predict_noise_and_variance(model, latents, timesteps, classes)  # raises
+        noise, variance = self._output(model, latents, timesteps, classes).chunk(2, dim=1)
+        return noise, variance
+
+    def _output(self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
+        """All output channels, in the dtype of `latents`."""
+        return cast(Tensor, self.call(model, latents, timesteps, classes)(model).sample.to(latents.dtype))
 
     def latent_shape(self, model: nn.Module) -> tuple[int, int, int]:
         config = cast(Any, model).config

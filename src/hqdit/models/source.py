@@ -34,6 +34,10 @@ DEFAULT_SCHEDULER: dict[str, Any] = {
 _LEGACY_CLASS = "Transformer2DModel"
 _LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
+#: Key of a DiT's config.json for the frequencies 10000^(-k / (128 - shift)) with which its time step is embedded: 1 is
+#: what diffusers builds; 0 is what the original was trained with (as ADM, arXiv 2105.05233). diffusers skips the key.
+TIME_FREQUENCY_SHIFT = "_downscale_freq_shift"
+
 #: Sizes in a config.json and their bounds, so that a wrong number is answered before it has filled the memory.
 _LARGEST_SIZES = {
     "num_layers": 1000,
@@ -180,6 +184,8 @@ def build_skeleton(folder: ModelFolder, is_empty: bool = False) -> nn.Module:
             f"{where}: found values that build no model ({reason_of(error)}), needed those of a "
             f"{model_class.__name__}. Fix: get the file again or correct it"
         ) from error
+    if TIME_FREQUENCY_SHIFT in config:
+        _set_time_frequencies(model, config[TIME_FREQUENCY_SHIFT], where)
     return model.eval()
 
 
@@ -202,6 +208,20 @@ def _transformer_class(config: dict[str, Any], where: Path) -> type[nn.Module]:
             f"{diffusers.__version__}, such as DiTTransformer2DModel. Fix: choose such a model, or upgrade diffusers"
         )
     return cast("type[nn.Module]", found)
+
+
+def _set_time_frequencies(model: nn.Module, shift: Any, where: Path) -> None:
+    """Embed the time step with the frequencies that the configuration asks for, and remember it there."""
+    name = type(model).__name__
+    if name != "DiTTransformer2DModel" or isinstance(shift, bool) or shift not in (0, 1):
+        raise CheckpointError(
+            f"{where}: found {TIME_FREQUENCY_SHIFT} {shift!r} for a {name}, needed 0 or 1 for a DiTTransformer2DModel. "
+            "Fix: get the file again or correct it"
+        )
+    if shift == 0:
+        for block in cast(Any, model).transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+        cast(Any, model).register_to_config(**{TIME_FREQUENCY_SHIFT: 0})
 
 
 def load_float_transformer(folder: ModelFolder) -> nn.Module:
@@ -272,7 +292,7 @@ def load_vae(folder: ModelFolder, device: torch.device | str = "cpu") -> Any | N
     from diffusers import AutoencoderKL
 
     try:
-        return AutoencoderKL.from_pretrained(path).eval().to(device)
+        return AutoencoderKL.from_pretrained(path, use_safetensors=True).eval().to(device)
     except Exception as error:  # whatever comes out of a loader that does not expect these files
         raise CheckpointError(
             f"{path}: found an autoencoder that cannot be loaded ({reason_of(error)}), needed an AutoencoderKL folder. "

@@ -22,12 +22,16 @@ READABLE_BY_ALL = 0o644
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _PICKLE = "a Python pickle", "convert it with diffusers' save_pretrained(safe_serialization=True)"
-#: First bytes of other files that lie under the name of weights: what they are, and what to do.
-_OTHER_FILES = (
+#: First bytes of files that hold no weights but lie under their name: what they are, and what to do.
+NOT_WEIGHTS = (
     (b"version https://git-lfs", "a Git-LFS pointer", "run git lfs pull in the repository it came from"),
+    (b"<", "an HTML or XML page", "download the file again; that is an error page"),
+)
+#: The same, and files that hold weights in another way.
+_OTHER_FILES = (
+    *NOT_WEIGHTS,
     *((bytes((0x80, protocol)), *_PICKLE) for protocol in range(2, 6)),
     (b"PK\x03\x04", "a zip archive or torch .pt file", "convert it with safetensors.torch.save_file"),
-    (b"<", "an HTML or XML page", "download the file again; that is an error page"),
 )
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
@@ -242,8 +246,14 @@ def require_finite(tensors: dict[str, Tensor], where: Path | str) -> None:
             )
 
 
-def require_state(found: dict[str, Tensor], needed: dict[str, Tensor], where: Path) -> None:
-    """Compare names and shapes.
+def require_state(
+    found: dict[str, Tensor],
+    needed: dict[str, Tensor],
+    where: Path,
+    what: str = "config.json",
+    fix: str = "use the config.json that belongs to these weights",
+) -> None:
+    """Compare names and shapes with those that `what` asks for.
 
     Raises:
         CheckpointError: missing, unexpected or differently shaped tensors, counted and then listed.
@@ -259,7 +269,6 @@ def require_state(found: dict[str, Tensor], needed: dict[str, Tensor], where: Pa
         for name in wrong[:5]
     ]
     raise CheckpointError(
-        f"{where}: weights do not fit config.json ({len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} "
-        "of another shape), needed exactly its tensors. Fix: use the config.json that belongs to these weights\n"
-        + "\n".join(lines)
+        f"{where}: weights do not fit {what} ({len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} "
+        f"of another shape), needed exactly its tensors. Fix: {fix}\n" + "\n".join(lines)
     )

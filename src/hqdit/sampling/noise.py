@@ -1,4 +1,4 @@
-"""Starting noise that depends only on the seed, the purpose and the sample's number."""
+"""Noise that depends only on the seed, the purpose and the sample's number (and the step, for noise within a run)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,17 @@ def starting_noise(seed: int, purpose: str, indices: Sequence[int], shape: tuple
     Returns:
         float32 (len(indices), *shape).
     """
-    rows = [
-        random_stream(seed, f"noise/{purpose}/{index}").standard_normal(shape, dtype=np.float32) for index in indices
-    ]
+    return _normal(seed, [f"noise/{purpose}/{index}" for index in indices], shape)
+
+
+def step_noise(seed: int, purpose: str, indices: Sequence[int], step: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise that a sampler adds at its step `step`: float32 (len(indices), *shape).
+
+    Arguments as of `starting_noise`, from whose noise it is disjoint.
+    """
+    return _normal(seed, [f"noise/{purpose}/{index}/step/{step}" for index in indices], shape)
+
+
+def _normal(seed: int, streams: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+    rows = [random_stream(seed, stream).standard_normal(shape, dtype=np.float32) for stream in streams]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty((0, *shape))

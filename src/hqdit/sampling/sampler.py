@@ -1,9 +1,10 @@
-"""Deterministic sampling with classifier-free guidance on any diffusers scheduler that adds no noise of its own."""
+"""Sampling with classifier-free guidance: on any diffusers scheduler that adds no noise of its own, or as DiT does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,20 @@ from torch import Tensor, nn
 from hqdit.errors import CheckpointError, NumericsError, UsageError
 from hqdit.models.adapter import class_conditional_adapter
 from hqdit.progress import track
-from hqdit.sampling.noise import SAMPLE, starting_noise
+from hqdit.sampling.ddpm_original import AncestralSchedule, training_betas
+from hqdit.sampling.noise import SAMPLE, starting_noise, step_noise
 
 #: Called at every step with (step, timestep, the model's input: latents after the scheduler's scaling).
 StepObserver = Callable[[int, int, Tensor], None]
 
+#: Gives the standard normal numbers that an ancestral sampler adds at a step.
+StepNoise = Callable[[int], Tensor]
+
+#: The model's own scheduler, which has to be deterministic; or DiT's ancestral sampler.
+SCHEDULER, DDPM_ORIGINAL = SAMPLERS = ("scheduler", "ddpm-original")
+
+#: Latent channels that the code published with DiT guides (arXiv 2212.09748).
+ORIGINAL_GUIDED_CHANNELS = 3
 
 BATCH_SIZE = 64
 
@@ -41,6 +51,7 @@ class SamplingConfig:
     Attributes:
         steps: denoising steps, at least 1.
         guidance: classifier-free guidance scale; 1.0 runs the conditional branch only.
+        sampler: one of `SAMPLERS`.
 
     Raises:
         UsageError: out of range.
@@ -48,6 +59,7 @@ class SamplingConfig:
 
     steps: int = 50
     guidance: float = 1.5
+    sampler: str = SCHEDULER
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -55,6 +67,10 @@ class SamplingConfig:
         if not 0.0 <= self.guidance < float("inf"):
             raise UsageError(
                 f"--guidance: found {self.guidance}, needed a finite number of at least 0. Fix: 1.0 switches it off"
+            )
+        if self.sampler not in SAMPLERS:
+            raise UsageError(
+                f"--sampler: found {self.sampler!r}, needed one of {', '.join(SAMPLERS)}. Fix: pick one of them"
             )
 
 
@@ -100,20 +116,22 @@ def predict_branches(
     Raises:
         UsageError: guidance other than 1.0 on a model without a null class.
     """
-    adapter = class_conditional_adapter(model)
+    predict = class_conditional_adapter(model).predict_noise
     if guidance == 1.0:
-        return adapter.predict_noise(model, latents, timesteps, classes), None
-    require_guidance(model, guidance)
-    null_class = adapter.null_class(model)
-    assert null_class is not None  # require_guidance made sure of it
-    both = adapter.predict_noise(
-        model,
-        torch.cat([latents, latents]),
-        torch.cat([timesteps, timesteps]),
-        torch.cat([classes, torch.full_like(classes, null_class)]),
-    )
-    conditional, unconditional = both.chunk(2)
+        return predict(model, latents, timesteps, classes), None
+    conditional, unconditional = predict(model, *_both_branches(model, latents, timesteps, classes, guidance)).chunk(2)
     return conditional, unconditional
+
+
+def _both_branches(
+    model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor, guidance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A model's inputs twice, the second time with the null class; raises as `predict_branches`."""
+    require_guidance(model, guidance)
+    null_class = class_conditional_adapter(model).null_class(model)
+    assert null_class is not None  # require_guidance made sure of it
+    labels = torch.cat([classes, torch.full_like(classes, null_class)])
+    return torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), labels
 
 
 def guide(conditional: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:
@@ -149,9 +167,15 @@ def sample_latents(
         Latents, shape of `noise`.
 
     Raises:
+        UsageError: another sampler than the scheduler is asked for.
         CheckpointError: a scheduler that draws noise at every step, or one with fractional time steps.
         NumericsError: a latent became NaN or infinite.
     """
+    if config.sampler != SCHEDULER:
+        raise UsageError(
+            f"--sampler: found {config.sampler} where a trajectory has to be that of the model's scheduler, needed "
+            f"{SCHEDULER}. Fix: use the other sampler for images only"
+        )
     require_deterministic(scheduler)
     require_steps(scheduler, config.steps)
     scheduler.set_timesteps(config.steps)
@@ -168,12 +192,64 @@ def sample_latents(
         times = torch.full((latents.shape[0],), int(timestep), dtype=torch.long, device=latents.device)
         branches = predict_branches(model, scaled, times, classes, config.guidance)
         latents = scheduler.step(guide(*branches, config.guidance), timestep, latents).prev_sample
-        if not bool(torch.isfinite(latents).all()):
-            raise NumericsError(
-                f"sampling: latents became NaN or infinite at step {step} (time step {int(timestep)}), needed finite "
-                "numbers. Fix: sample in float32, or check the model with hqdit evaluate"
-            )
+        _require_finite(latents, step, int(timestep))
     return latents
+
+
+def _require_finite(latents: Tensor, step: int, timestep: int) -> None:
+    if not bool(torch.isfinite(latents).all()):
+        raise NumericsError(
+            f"sampling: latents became NaN or infinite at step {step} (time step {timestep}), needed finite numbers. "
+            "Fix: sample in float32, or check the model with hqdit evaluate"
+        )
+
+
+@torch.no_grad()
+def sample_ancestral(
+    model: nn.Module,
+    scheduler: Any,
+    noise: Tensor,
+    classes: Tensor,
+    config: SamplingConfig,
+    fresh_noise: StepNoise,
+    what: str = "sampling",
+) -> Tensor:
+    """Denoise `noise` as the code published with DiT does: see `sampling.ddpm_original`.
+
+    Arguments and result as of `sample_latents`; of the scheduler only the training variances are taken.
+
+    Args:
+        fresh_noise: step -> standard normal numbers, shape of `noise`; asked at every step but the last.
+
+    Raises:
+        UsageError: a model without a learned variance, or a number of steps out of range.
+        CheckpointError: a scheduler whose variances are not linear.
+        NumericsError: a latent became NaN or infinite.
+    """
+    schedule = AncestralSchedule.respaced(training_betas(scheduler), config.steps)
+    latents = noise
+    for step, index in enumerate(track(range(config.steps - 1, -1, -1), what)):
+        timestep = schedule.timesteps[index]
+        times = torch.full((latents.shape[0],), timestep, dtype=torch.long, device=latents.device)
+        predicted, variance = _predict_as_original(model, latents, times, classes, config.guidance)
+        fresh = fresh_noise(step).to(latents.device) if index else None
+        latents = schedule.step(index, latents, predicted, variance, fresh)
+        _require_finite(latents, step, timestep)
+    return latents
+
+
+def _predict_as_original(
+    model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Noise, guided on the first channels only, and variance; everything unguided is the conditional branch's."""
+    predict = class_conditional_adapter(model).predict_noise_and_variance
+    if guidance == 1.0:
+        return predict(model, latents, timesteps, classes)
+    noise, variance = predict(model, *_both_branches(model, latents, timesteps, classes, guidance))
+    conditional, unconditional = noise.chunk(2)
+    first = slice(ORIGINAL_GUIDED_CHANNELS)
+    guided = guide(conditional[:, first], unconditional[:, first], guidance)
+    return torch.cat([guided, conditional[:, ORIGINAL_GUIDED_CHANNELS:]], dim=1), variance.chunk(2)[0]
 
 
 def generate_images(
@@ -191,7 +267,7 @@ def generate_images(
 
     Args:
         model: a transformer with an adapter.
-        scheduler: a deterministic diffusers scheduler.
+        scheduler: a diffusers scheduler; a deterministic one, unless `config` asks for another sampler.
         vae: decodes latents; None for a model on pixels.
         classes: class of each image.
         config: steps and guidance.
@@ -222,7 +298,12 @@ def generate_images(
         noise = starting_noise(seed, purpose, indices, shape).to(device)
         labels = torch.tensor([classes[index] for index in indices], device=device)
         title = what if len(starts) == 1 else f"{what} ({number + 1} of {len(starts)})"
-        images.append(decode_images(sample_latents(model, scheduler, noise, labels, config, what=title), vae).cpu())
+        if config.sampler == DDPM_ORIGINAL:
+            fresh = partial(step_noise, seed, purpose, indices, shape=shape)
+            latents = sample_ancestral(model, scheduler, noise, labels, config, fresh, title)
+        else:
+            latents = sample_latents(model, scheduler, noise, labels, config, what=title)
+        images.append(decode_images(latents, vae).cpu())
     return torch.cat(images)
 
 
