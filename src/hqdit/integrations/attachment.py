@@ -11,7 +11,7 @@ from hqdit.errors import UsageError
 from hqdit.integrations.diffusers_config import HQDiTConfig
 from hqdit.integrations.diffusers_quantizer import HQDiTQuantizer
 from hqdit.integrations.model_tensors import tie
-from hqdit.pipeline.checkpoint import stored_once, stored_tensors
+from hqdit.pipeline.checkpoint import equal_tensors
 from hqdit.pipeline.dequantize import dequantize
 from hqdit.pipeline.description import describe
 from hqdit.pipeline.record import QuantizationRecord
@@ -37,7 +37,7 @@ def attach(model: nn.Module) -> nn.Module:
 def config_of(model: nn.Module, record: QuantizationRecord) -> HQDiTConfig:
     """The description of a quantized model, whose equal tensors are held once from here on."""
     if record.shared is None:
-        record.shared = stored_once(stored_tensors(model, record.dtypes))[1]
+        record.shared = equal_tensors(model.state_dict(), record.dtypes)
     tie(model, record.shared)
     return HQDiTConfig.of_description(describe(model, record, record.shared), record.config)
 

@@ -58,7 +58,9 @@ def save(
     require_free(target, overwrite, *([folder.root] if folder else []))
     config = _model_config(model)
     if record is not None:
-        tensors, shared = stored_once(stored_tensors(model, dtypes))
+        everything = stored_tensors(model, dtypes)
+        shared = equal_tensors(everything)
+        tensors = {name: tensor for name, tensor in everything.items() if name not in shared}
         config["quantization_config"] = describe(model, record, shared)
     else:
         tensors = stored_tensors(model, dtypes)
@@ -83,22 +85,27 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
 def stored_tensors(model: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
     """The model's tensors in their storage dtypes, on the CPU, sorted by name and without common memory."""
     state = model.state_dict()
-    return {name: state[name].detach().cpu().to(dtypes.get(name, state[name].dtype)).clone() for name in sorted(state)}
+    return {name: _as_stored(state[name], dtypes.get(name)).clone() for name in sorted(state)}
 
 
-def stored_once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The distinct tensors, and alias -> stored name for those that are equal to an earlier one."""
-    stored: dict[str, Tensor] = {}
+def _as_stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().cpu().to(dtype or tensor.dtype)
+
+
+def equal_tensors(tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype] | None = None) -> dict[str, str]:
+    """Name -> name that sorts first among the tensors with equal dtype, shape and bytes, for all but these first ones.
+
+    Memory: one tensor at a time is converted to its storage dtype, that of `dtypes`, if it has another one.
+    """
     shared: dict[str, str] = {}
     first_with: dict[tuple[Any, ...], str] = {}
-    for name, tensor in tensors.items():
-        digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+    for name in sorted(tensors):
+        tensor = _as_stored(tensors[name], (dtypes or {}).get(name)).contiguous()
+        digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).digest()
         original = first_with.setdefault((tensor.dtype, tuple(tensor.shape), digest), name)
-        if original == name:
-            stored[name] = tensor
-        else:
+        if original != name:
             shared[name] = original
-    return stored, shared
+    return shared
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
