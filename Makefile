@@ -14,6 +14,10 @@ PIP := $(BIN)/python -m pip
 # At a fixed path, where `hqdit bench` looks for it.
 PEERS_VENV := .venv-peers
 PEERS := benchmarks/peers/requirements.txt
+# The oldest diffusers that works, as pyproject.toml says, with the newest of what goes with it.
+OLDEST_VENV := .venv-oldest
+OLDEST_DIFFUSERS := $(shell sed -n 's/.*"diffusers>=\(.*\)".*/\1/p' pyproject.toml)
+UNPINNED := diffusers|huggingface_hub|httpx2|httpcore2|accelerate|peft|transformers|tokenizers
 # What the native kernels are compiled from: a change installs them anew.
 NATIVE := CMakeLists.txt $(wildcard native/include/hqdit/*.h native/src/*)
 
@@ -24,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test native-test bench bench-peers lint soak reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress records readme support-matrix package clean
+.PHONY: help demo test test-oldest native-test bench bench-peers lint soak reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress records readme support-matrix package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-25s%s\n", $$1, $$2}'
@@ -34,6 +38,9 @@ demo: $(VENV)/.stamp-run ## quantize the bundled model, compare and write demo/
 
 test: $(VENV)/.stamp-dev ## run the test suite
 	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST_VENV)/.stamp ## run the tests of the diffusers backend with the oldest diffusers that it works with
+	$(OLDEST_VENV)/bin/python -m pytest tests/integrations
 
 lint: $(VENV)/.stamp-dev ## check style, formatting, types and import layers
 	$(BIN)/ruff check .
@@ -96,7 +103,7 @@ package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build --outdir dist
 
 clean: ## remove .venv, caches and everything that make wrote
-	rm -rf $(VENV) $(PEERS_VENV) build demo dist $(REPRODUCED) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(PEERS_VENV) build demo dist $(REPRODUCED) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests training -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp-venv:
@@ -122,4 +129,13 @@ $(PEERS_VENV)/.stamp: $(PEERS) constraints.txt
 		{ echo 'hqdit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(PEERS_VENV)
 	$(PEERS_VENV)/bin/python -m pip install -c constraints.txt -r $(PEERS)
+	@touch $@
+
+$(OLDEST_VENV)/.stamp: pyproject.toml constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo 'hqdit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(OLDEST_VENV)
+	grep -vE '^($(UNPINNED))==' constraints.txt >$(OLDEST_VENV)/constraints.txt
+	PIP_CONSTRAINT=$(OLDEST_VENV)/constraints.txt PIP_BUILD_CONSTRAINT=$(OLDEST_VENV)/constraints.txt \
+		$(OLDEST_VENV)/bin/python -m pip install 'diffusers==$(OLDEST_DIFFUSERS).*' -e '.[dev]'
 	@touch $@

@@ -1,7 +1,8 @@
 """Post-training quantization of diffusion transformers to 4-bit floating point weights and activations.
 
 An implementation of HQ-DiT (arXiv 2405.19751). Importing this package imports neither torch nor diffusers; the
-public names below are loaded at first use.
+public names below are loaded at first use. diffusers knows the method "hqdit" as soon as both are imported, in either
+order.
 """
 
 from __future__ import annotations
@@ -9,34 +10,41 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from hqdit.integrations.registration import register as _register_with_diffusers
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hqdit.calibration.recording import RecordedCalls
     from hqdit.calibration.samples import CalibrationSet
     from hqdit.errors import HQDiTError
+    from hqdit.integrations.diffusers_config import HQDiTConfig
+    from hqdit.integrations.hub import push_to_hub
     from hqdit.integrations.load_pipeline import load_pipeline
+    from hqdit.integrations.model_verbs import load, quantize
     from hqdit.integrations.pixel_pipeline import PixelDiTPipeline
     from hqdit.layers.linear import HQLinear
-    from hqdit.pipeline.checkpoint import load, save
+    from hqdit.pipeline.checkpoint import save
     from hqdit.pipeline.config import QuantizationConfig
-    from hqdit.pipeline.quantize import quantize
 
 _HOME_OF = {
     "CalibrationSet": "hqdit.calibration.samples",
     "HQDiTError": "hqdit.errors",
+    "HQDiTConfig": "hqdit.integrations.diffusers_config",
     "HQLinear": "hqdit.layers.linear",
     "PixelDiTPipeline": "hqdit.integrations.pixel_pipeline",
     "QuantizationConfig": "hqdit.pipeline.config",
-    "load": "hqdit.pipeline.checkpoint",
+    "load": "hqdit.integrations.model_verbs",
     "load_pipeline": "hqdit.integrations.load_pipeline",
     "RecordedCalls": "hqdit.calibration.recording",
-    "quantize": "hqdit.pipeline.quantize",
+    "push_to_hub": "hqdit.integrations.hub",
+    "quantize": "hqdit.integrations.model_verbs",
     "save": "hqdit.pipeline.checkpoint",
 }
 
 __all__ = [
     "CalibrationSet",
+    "HQDiTConfig",
     "HQDiTError",
     "HQLinear",
     "PixelDiTPipeline",
@@ -45,6 +53,7 @@ __all__ = [
     "__version__",
     "load",
     "load_pipeline",
+    "push_to_hub",
     "quantize",
     "save",
 ]
@@ -58,3 +67,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_register_with_diffusers()

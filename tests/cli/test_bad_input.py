@@ -254,6 +254,7 @@ FLAGS = [
     ("evaluate quantized", "--against"),
     ("inspect", "DST"),
     ("inject-outliers model", "--out"),
+    ("dequantize quantized", "--out"),
     ("doctor now", "now"),
     # quantize
     (QUANTIZE + "--preset best", "--preset", "'best'", "hqdit, minmax"),
@@ -371,6 +372,9 @@ FLAGS = [
     ("sample model --out model/images", "--out", "source"),
     ("sample model --out full", "--out", "full", "--overwrite"),
     ("inject-outliers model --out model", "--out", "source"),
+    ("dequantize quantized --out quantized", "--out", "source"),
+    ("dequantize model --out out", "no quantized layer"),
+    ("dequantize quantized --out out --dtype int8", "--dtype", "int8"),
     ("demo --out full", "--out", "full", "--overwrite"),
     # sample, evaluate, inject-outliers, demo
     (SAMPLE + "--classes 99", "--classes", "99", "0 to 4"),
@@ -425,6 +429,7 @@ FILES = [
     ("quantize full --out out", "full", "config.json"),
     ("quantize quantized --out out", "already quantized", "hqdit"),
     ("inject-outliers quantized --out out", "already quantized"),
+    ("dequantize nope --out out", "nope"),
     ("inspect model", "float model", "hqdit quantize"),
     ("inspect nope", "nope"),
     ("sample nope --out out", "nope"),
@@ -640,6 +645,7 @@ WRITERS = [
     ("sample model --out out --num 2 --steps 1 --json s.json", "hqdit.pipeline.publish.publish_text"),
     ("evaluate quantized --against model --num 1 --steps 1 --json e.json", "hqdit.pipeline.publish._flush"),
     ("inject-outliers model --out out", "hqdit.models.weights.save_file"),
+    ("dequantize quantized --out out", "hqdit.models.weights.save_file"),
     ("demo --out out --num 2 --steps 1", "hqdit.evaluation.demo.compare_presets"),
 ]
 

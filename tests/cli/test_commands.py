@@ -28,6 +28,7 @@ SHORT = ("--steps", 2, "--calibration-samples", 16)
 COMMANDS = (
     "demo",
     "quantize",
+    "dequantize",
     "sample",
     "evaluate",
     "score",
@@ -219,6 +220,7 @@ def test_quiet_prints_nothing(hqdit: Hqdit, models: Models, tmp_path: Path) -> N
         ("evaluate", models.quantized, "--against", models.transformer, "--num", 1, "--steps", 1),
         ("inspect", models.quantized),
         ("inject-outliers", models.transformer, "--out", tmp_path / "o"),
+        ("dequantize", models.quantized, "--out", tmp_path / "d"),
     ):
         outcome = hqdit(*command, "--quiet")
         assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
@@ -398,7 +400,22 @@ def test_inspect_shows_what_the_paper_s_method_decided(hqdit: Hqdit, models: Mod
     assert "full 8*36(paley2)" in outcome.out and "gptq" in outcome.out
 
 
-# inject-outliers, doctor
+# dequantize, inject-outliers, doctor
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["quantized", "quantized_pipeline"])
+def test_dequantize_writes_a_float_model(hqdit: Hqdit, models: Models, tmp_path: Path, kind: str, dtype: str) -> None:
+    source = getattr(models, kind)
+    outcome = hqdit("dequantize", source, "--out", tmp_path / "d", "--dtype", dtype, "--json", tmp_path / "d.json")
+    assert (outcome.code, outcome.err) == (0, "") and f"{LAYERS} layers" in outcome.out
+    assert read(tmp_path / "d.json") == {"source": str(source), "layers": LAYERS, "dtype": dtype}
+    inner = tmp_path / "d" / "transformer" if kind == "quantized_pipeline" else tmp_path / "d"
+    model = tiny.DiTTransformer2DModel.from_pretrained(inner)
+    assert "quantization_config" not in model.config and not hasattr(model, "hf_quantizer")
+    weight = load(source).get_submodule("transformer_blocks.0.ff.net.2").dequantized_weight()
+    assert torch.equal(model.transformer_blocks[0].ff.net[2].weight, weight.to(getattr(torch, dtype)).float())
+    assert set(tree(source)) - {"transformer/config.json"} <= set(tree(tmp_path / "d"))
 
 
 def test_inject_outliers_keeps_the_function(hqdit: Hqdit, models: Models, tmp_path: Path) -> None:

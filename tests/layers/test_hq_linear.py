@@ -333,6 +333,53 @@ def test_no_gradient_is_needed() -> None:
     assert torch.equal(layer(inputs()), first)
 
 
+# Gradients: those of the float layer that has the weight which the codes stand for
+
+
+@each_spec
+def test_gradients_are_straight_through(spec: LinearSpec) -> None:
+    layer, x = Parts(spec).layer, inputs(spec.in_features).requires_grad_()
+    assert layer.bias is not None
+    layer.bias.requires_grad_()
+    toward = torch.from_numpy(np.random.default_rng(5).standard_normal((len(x), OUT))).float()
+    output = layer(x)
+    output.backward(toward)
+    with torch.no_grad():
+        assert torch.equal(output, layer(x))
+    twin = nn.Linear(spec.in_features, OUT).double()
+    twin.weight.data = layer.delivered_weight().double()
+    other = x.detach().double().requires_grad_()
+    twin(other).backward(toward.double())
+    assert x.grad is not None and layer.bias.grad is not None and other.grad is not None
+    assert torch.allclose(x.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(layer.bias.grad.double(), twin.bias.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [None, 36, 72])
+def test_delivered_weight_acts_on_the_delivered_input(head_dim: int | None) -> None:
+    layer, x = Parts(spec_of(head_dim=head_dim)).layer, inputs()
+    of_plain, of_delivered = x @ layer.dequantized_weight().T, layer.delivered(x) @ layer.delivered_weight().T
+    assert torch.allclose(of_plain, of_delivered, rtol=1e-4, atol=1e-4)
+    assert (head_dim is None) == torch.equal(layer.dequantized_weight(), layer.delivered_weight())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_have_the_precision_of_the_input(dtype: torch.dtype) -> None:
+    layer, x = Parts(spec_of()).layer, inputs().to(dtype).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None and x.grad.dtype == dtype
+    expected = layer.dequantized_weight().sum(dim=0)
+    assert torch.allclose(x.grad[0].float(), expected, rtol=0.02, atol=0.2)
+
+
+def test_no_graph_where_no_gradient_is_asked_for() -> None:
+    layer, x = Parts(spec_of()).layer, inputs()
+    assert layer(x).grad_fn is None
+    with torch.no_grad():
+        assert layer(x.requires_grad_()).grad_fn is None
+    assert layer(x).grad_fn is not None
+
+
 # Weight
 
 

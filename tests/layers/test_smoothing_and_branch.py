@@ -82,6 +82,16 @@ def test_layer_stands_for_the_float_one(place: str, rotation: str, rank: int) ->
     assert torch.equal(parts.layer.delivered(x), parts.delivered(x))
 
 
+@each_kind
+def test_gradient_is_that_of_the_delivered_weight(place: str, rotation: str, rank: int) -> None:
+    parts = Parts(place, rotation, rank)
+    x = parts.delivered(inputs()).requires_grad_()
+    weight = parts.layer.delivered_weight()
+    assert torch.allclose(x @ weight.T, inputs() @ parts.layer.dequantized_weight().T, rtol=1e-4, atol=1e-4)
+    parts.layer(x).sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, weight.sum(dim=0).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", RUNNABLE)
 @each_kind
 def test_branch_is_added_to_the_quantized_product(place: str, rotation: str, rank: int, backend: str) -> None:

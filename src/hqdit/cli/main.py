@@ -16,6 +16,7 @@ from hqdit.cli.analyze import analyze
 from hqdit.cli.bench import bench
 from hqdit.cli.convert import convert
 from hqdit.cli.demo import demo
+from hqdit.cli.dequantize import dequantize
 from hqdit.cli.doctor import doctor
 from hqdit.cli.evaluate import evaluate
 from hqdit.cli.inspect import inspect
@@ -41,6 +42,7 @@ app = typer.Typer(
 for command in (
     demo,
     quantize,
+    dequantize,
     sample,
     evaluate,
     score,

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hqdit.errors import UsageError
 from hqdit.formats.packed_layout import packed_row_bytes
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.linear import PackedWeight, packed_level_tables
 from hqdit.kernels.preparation import Front, InputPreparation, input_tables
 from hqdit.kernels.selection import current_backend
+from hqdit.layers.straight_through import StraightThrough
 from hqdit.numerics.codes import pack_codes, unpack_codes
 from hqdit.quantizers.low_rank import BRANCH_DTYPE
 from hqdit.quantizers.quantized_tensor import QuantizedTensor
@@ -184,8 +186,16 @@ class HQLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in the dtype of `input`.
 
-        A token that holds a NaN or an infinity gives NaN outputs.
+        A token that holds a NaN or an infinity gives NaN outputs. Where a gradient is asked for it is the
+        straight-through one (`layers.straight_through.StraightThrough`).
         """
+        if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            output: Tensor = StraightThrough.apply(input, self.bias, self)  # type: ignore[no-untyped-call]
+            return output
+        return self.forward_without_gradient(input)
+
+    def forward_without_gradient(self, input: Tensor) -> Tensor:
+        """`forward` for a caller that needs no gradient or sees to it."""
         shared = self.shared_input
         activation = self.quantize_input(input) if shared is None else shared.quantized(self, input)
         if self.low_rank_down is None or self.low_rank_up is None:
@@ -197,7 +207,17 @@ class HQLinear(nn.Linear):
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HQLinear:
-        """Moving works as for any module, but `.to(dtype)` leaves the scales and the branch as they are."""
+        """Moving works as for any module, but `.to(dtype)` leaves the scales and the branch as they are.
+
+        Raises:
+            UsageError: a dtype of 8 bits, which would spoil the bias.
+        """
+        dtype = fn(self.weight_scale.new_empty(0)).dtype
+        if dtype.itemsize < 2:
+            raise UsageError(
+                f"{self.spec.name}: found a cast of a quantized layer to {dtype}, needed at least 16 bits for its "
+                "bias. Fix: leave out layerwise casting; the weights take 4 bits already"
+            )
         exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
@@ -232,6 +252,19 @@ class HQLinear(nn.Linear):
         if self.spec.rotation.is_folded and self.signs is not None:
             x = rotate_folded(x, self.spec.rotation, self.signs)
         return x
+
+    def delivered_weight(self) -> Tensor:
+        """The float32 weight (out_features, in_features) that acts on the input as this layer gets it.
+
+        It differs from `dequantized_weight` where layers before this one deliver another input than the float model's.
+        """
+        weight = self.dequantized_weight()
+        # With x' = x diag(a) R, as in `delivered`, x W^T = x' (W diag(1 / a) R)^T.
+        if self.spec.activation.smoothing == "folded" and self.input_scale is not None:
+            weight = weight / self.input_scale
+        if self.spec.rotation.is_folded and self.signs is not None:
+            weight = rotate_folded(weight, self.spec.rotation, self.signs)
+        return weight
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight (out_features, in_features) that stands for the float layer's, branch included.

@@ -90,6 +90,12 @@ class ModelAdapter(ABC):
         for _, group in groupby(sites, key=lambda site: site.input_group):
             share_input([layer for site in group if isinstance(layer := model.get_submodule(site.name), HQLinear)])
 
+    def unfuse(self, model: nn.Module) -> None:
+        """Undo `fuse`, so that the quantized layers can be taken out."""
+        for site in self.sites(model):
+            if isinstance(layer := model.get_submodule(site.name), HQLinear):
+                layer.shared_input = None
+
     def modulated_groups(self, model: nn.Module) -> list[str]:
         """Input groups that are outputs of a modulated normalisation which `scale_modulated_channels` can change."""
         return []

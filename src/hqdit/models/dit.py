@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hqdit.models.adapter import ClassConditionalAdapter, LinearSite, register_adapter
 from hqdit.models.calls import ModelCall
-from hqdit.models.dit_block import FusedDiTBlock, share_embedders
+from hqdit.models.dit_block import FusedDiTBlock, separate_embedders, share_embedders
 
 
 class DiTAdapter(ClassConditionalAdapter):
@@ -87,6 +87,12 @@ class DiTAdapter(ClassConditionalAdapter):
             if FusedDiTBlock.can_fuse(block):
                 FusedDiTBlock.fuse(block)
         share_embedders(model)
+
+    def unfuse(self, model: nn.Module) -> None:
+        super().unfuse(model)
+        separate_embedders(model)
+        for block in cast(Any, model).transformer_blocks:
+            FusedDiTBlock.unfuse(block)
 
     def modulated_groups(self, model: nn.Module) -> list[str]:
         return [

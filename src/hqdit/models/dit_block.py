@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -51,16 +52,23 @@ class FusedDiTBlock(BasicTransformerBlock):  # type: ignore[misc]
         """Give `block`, for which `can_fuse` holds, this class's forward; modules, names and state stay."""
         block.__class__ = FusedDiTBlock
 
+    @staticmethod
+    def unfuse(block: nn.Module) -> None:
+        """Give a fused block diffusers' forward back; others stay."""
+        if isinstance(block, FusedDiTBlock):
+            block.__class__ = BasicTransformerBlock
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(batch, tokens, width) -> the same shape; arguments as of diffusers' block.
 
-        Arguments that only other kinds of block use, chunked feed-forward, and modules that have been wrapped since
-        the block was fused (by peft, for one) take diffusers' own forward.
+        Arguments that only other kinds of block use, chunked feed-forward, modules that have been wrapped since the
+        block was fused (by peft, for one), and inputs that want a gradient take diffusers' own forward.
         """
         embedding = _take_embedding(kwargs)
         conditions = {"timestep", "class_labels"}
         others = [value for name, value in kwargs.items() if name not in conditions and value is not None]
-        if args or others or self._chunk_size is not None or not _is_fusible(self):
+        wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
+        if wants_gradient or args or others or self._chunk_size is not None or not _is_fusible(self):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         batch, tokens, width = hidden_states.shape
         dtype, backend = hidden_states.dtype, current_backend()
@@ -109,6 +117,18 @@ def share_embedders(model: nn.Module) -> None:
         norm.emb = first.emb
     if _pass_embedding not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_pass_embedding, with_kwargs=True)
+
+
+def separate_embedders(model: nn.Module) -> None:
+    """Undo `share_embedders`: each block has an embedder of its own again."""
+    blocks = cast(Any, model).transformer_blocks
+    for block in blocks[1:]:
+        if block.norm1.emb is blocks[0].norm1.emb:
+            block.norm1.emb = copy.deepcopy(block.norm1.emb)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _pass_embedding:
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _pass_embedding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

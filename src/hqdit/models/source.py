@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
@@ -184,8 +185,7 @@ def build_skeleton(folder: ModelFolder, is_empty: bool = False) -> nn.Module:
             f"{where}: found values that build no model ({reason_of(error)}), needed those of a "
             f"{model_class.__name__}. Fix: get the file again or correct it"
         ) from error
-    if TIME_FREQUENCY_SHIFT in config:
-        _set_time_frequencies(model, config[TIME_FREQUENCY_SHIFT], where)
+    set_time_frequencies(model, config, where)
     return model.eval()
 
 
@@ -210,9 +210,17 @@ def _transformer_class(config: dict[str, Any], where: Path) -> type[nn.Module]:
     return cast("type[nn.Module]", found)
 
 
-def _set_time_frequencies(model: nn.Module, shift: Any, where: Path) -> None:
-    """Embed the time step with the frequencies that the configuration asks for, and remember it there."""
-    name = type(model).__name__
+def set_time_frequencies(model: nn.Module, config: Mapping[str, Any], where: Path | str) -> None:
+    """Embed the time step with the frequencies that a config.json asks for, and remember it in the model's own.
+
+    diffusers passes over keys that begin with an underscore.
+
+    Raises:
+        CheckpointError: another number than 0 and 1, or another class than DiT.
+    """
+    if TIME_FREQUENCY_SHIFT not in config:
+        return
+    shift, name = config[TIME_FREQUENCY_SHIFT], type(model).__name__
     if name != "DiTTransformer2DModel" or isinstance(shift, bool) or shift not in (0, 1):
         raise CheckpointError(
             f"{where}: found {TIME_FREQUENCY_SHIFT} {shift!r} for a {name}, needed 0 or 1 for a DiTTransformer2DModel. "

@@ -221,7 +221,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     return tensor
 
 
-def require_float(tensors: dict[str, Tensor], where: Path) -> None:
+def require_float(tensors: dict[str, Tensor], where: Path | str) -> None:
     """Raise `CheckpointError` naming the first tensor whose numbers are not in one of `FLOAT_DTYPES`."""
     for name in sorted(tensors):
         if tensors[name].dtype not in FLOAT_DTYPES:
@@ -231,7 +231,7 @@ def require_float(tensors: dict[str, Tensor], where: Path) -> None:
             )
 
 
-def require_finite(tensors: dict[str, Tensor], where: Path) -> None:
+def require_finite(tensors: dict[str, Tensor], where: Path | str) -> None:
     """Raise `CheckpointError` naming the first tensor with a NaN or an infinity, its index and the count."""
     for name in sorted(tensors):
         tensor = tensors[name]

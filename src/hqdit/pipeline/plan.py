@@ -78,9 +78,17 @@ def _smoothing_place(site: LinearSite, modulated: list[str], config: Quantizatio
     return "folded" if site.input_group in modulated or site.value_site is not None else "applied"
 
 
-def _reason(site: LinearSite, config: QuantizationConfig) -> str:
+def _reason(site: LinearSite, model: nn.Module, config: QuantizationConfig) -> str:
+    if _stays_in_float32(site, model):
+        return "its class keeps it in float32"
     is_switched_off = site.is_modulation and not config.modulation
     return "modulation, which stays as it is without --modulation" if is_switched_off else "excluded by name"
+
+
+def _stays_in_float32(site: LinearSite, model: nn.Module) -> bool:
+    """Whether the site lies in a module that diffusers loads in float32 whatever dtype is asked for."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return not set(site.name.split(".")).isdisjoint(kept)
 
 
 def _draft(layer: PlannedLayer, config: QuantizationConfig) -> LinearSpec:
@@ -115,6 +123,7 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
     chosen = _matching(config.include, names, "--include")
     if config.exclude:
         chosen -= _matching(config.exclude, names, "--exclude")
+    chosen -= {site.name for site in sites if _stays_in_float32(site, model)}
     if not config.modulation:
         chosen -= {site.name for site in sites if site.is_modulation}
     if not chosen:
@@ -140,5 +149,5 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
         planned = PlannedLayer(site, in_features, out_features, rotation, _policy(config), smoothing)
         _draft(planned, config)
         layers.append(planned)
-    skipped = {site.name: _reason(site, config) for site in sites if site.name not in chosen}
+    skipped = {site.name: _reason(site, model, config) for site in sites if site.name not in chosen}
     return QuantizationPlan(tuple(layers), skipped | adapter.kept_layers(model))

@@ -21,6 +21,8 @@ class QuantizationRecord:
         layers: name -> facts about that layer (statistic, method, damping, counts).
         parameters: number of parameters of the float model.
         dtypes: storage dtype of every unquantized tensor.
+        shared: tensor name -> name of the equal tensor that is stored for it, in the file that the model was loaded
+            from; None if it was not loaded from one.
     """
 
     config: QuantizationConfig
@@ -29,3 +31,4 @@ class QuantizationRecord:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     parameters: int = 0
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    shared: dict[str, str] | None = None

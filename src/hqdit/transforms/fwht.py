@@ -10,9 +10,15 @@ from torch import Tensor
 from hqdit.transforms.hadamard import HadamardFactors, paley_matrix
 
 
+# torch.compile cannot follow how numpy builds the matrix.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _paley_tensor(order: int, construction: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _cached_paley_tensor(order, construction, dtype, device)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # the cache outlives the mode of the call that fills it
-def _paley_tensor(order: int, construction: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _cached_paley_tensor(order: int, construction: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.from_numpy(paley_matrix(order, construction).copy()).to(device=device, dtype=dtype)
 
 
