@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest native-test bench bench-peers lint soak reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress records readme package clean
+.PHONY: help demo test test-oldest native-test bench bench-peers lint soak reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress records readme support-matrix package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-25s%s\n", $$1, $$2}'
@@ -94,6 +94,9 @@ records: demo stress ## run demo and stress, keep their records and picture, and
 
 readme: $(VENV)/.stamp-run ## write README's tables from docs/records
 	$(BIN)/python benchmarks/update_readme.py
+
+support-matrix: $(VENV)/.stamp-run ## write docs/support.md for the installed diffusers
+	$(BIN)/python benchmarks/update_support.py
 
 package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/
 	rm -rf dist

@@ -43,6 +43,7 @@ GUIDES = (
     "docs/kernels.md",
     "docs/records.md",
     "docs/evaluation.md",
+    "docs/support.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 )

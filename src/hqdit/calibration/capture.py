@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hqdit.calibration.standing_in import StandIns, Stop
 from hqdit.layers.matrix_layers import channels_last
 from hqdit.models.adapter import ClassConditionalAdapter, LinearSite, adapter_for
 from hqdit.models.calls import ModelCall
@@ -43,17 +43,13 @@ class CalibrationData(Protocol):
         """The data as calls of the model, a batch each, always in the same order."""
 
 
-class _Stop(Exception):
-    """Ends a forward pass once what was wanted of it is known."""
-
-
 class _Trajectory:
     """One call of the model on its way through the blocks.
 
     Attributes:
         call: of the whole model.
         entry: of the current block, or None if the model does not run that block.
-        outputs: what finished blocks returned, by `_Standins` key.
+        outputs: what finished blocks returned, by key of `StandIns`.
     """
 
     def __init__(self, call: ModelCall) -> None:
@@ -84,12 +80,14 @@ class BlockStream:
         calibration.require_fits(model)
         self._model = model
         self._adapter = adapter_for(model)
-        self._blocks = self._adapter.blocks(model)
-        self._keys = _output_keys(model, self._blocks, self._adapter.has_long_skips)
         self._device = next(model.parameters()).device
         self._trajectories = [_Trajectory(call.to(self._device)) for call in calibration.calls(model)]
+        first_call = self._trajectories[0].call if self._trajectories else None
+        self._stand_ins = StandIns(model, self._adapter, first_call)
+        self._blocks = self._stand_ins.blocks
+        self._runs: dict[str, int] = {}
         for trajectory in self._trajectories:
-            self._enter(trajectory, 0)
+            trajectory.entry = self._stand_ins.entry(0, trajectory.call, trajectory.outputs)
         self._pairs = _modulation_pairs(model, self._adapter, seed)
 
     @torch.no_grad()
@@ -104,19 +102,25 @@ class BlockStream:
                 consume(self._modulation_input(site.block, timesteps.to(self._device), classes.to(self._device)))
             return
         layer = self._model.get_submodule(site.name)
+        runs = self._runs_of(site)
+        seen = 0
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            nonlocal seen
             x = channels_last(module, inputs[0])
             consume(x.reshape(-1, x.shape[-1]))
-            raise _Stop
+            seen += 1
+            if seen == runs:
+                raise Stop
 
         handle = layer.register_forward_pre_hook(hook)
         try:
             for trajectory in track(self._trajectories, what):
+                seen = 0
                 if trajectory.entry is not None:
                     try:
                         trajectory.entry(self._blocks[site.block])
-                    except _Stop:
+                    except Stop:
                         continue
         finally:
             handle.remove()
@@ -126,58 +130,37 @@ class BlockStream:
         """Finish `block`, the current one, as it is now, and go on to the next."""
         for trajectory in self._trajectories:
             if trajectory.entry is not None:
-                trajectory.outputs[self._keys[block]] = trajectory.entry(self._blocks[block])
+                self._stand_ins.keep(block, trajectory.entry(self._blocks[block]), trajectory.outputs)
             if block + 1 < len(self._blocks):
-                self._enter(trajectory, block + 1)
+                trajectory.entry = self._stand_ins.entry(block + 1, trajectory.call, trajectory.outputs)
+        self._runs = {}
 
-    @torch.no_grad()
-    def _enter(self, trajectory: _Trajectory, block: int) -> None:
-        """Find the arguments of `block` by running the model up to it."""
-        entry: list[ModelCall] = []
+    def _runs_of(self, site: LinearSite) -> int:
+        """How often a run of the current block runs a layer, at least 1: that of all its layers is tried once.
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entry.append(ModelCall(args, kwargs))
-            raise _Stop
+        Some blocks apply one layer to the latents and then to the text.
+        """
+        entries = [trajectory.entry for trajectory in self._trajectories if trajectory.entry is not None]
+        if not self._runs and entries:
+            names = [other.name for other in self._adapter.sites(self._model) if other.block == site.block]
 
-        handle = self._blocks[block].register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with _standing_in(self._blocks[:block], self._keys, trajectory.outputs):
-                trajectory.call(self._model)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        trajectory.entry = entry[0] if entry else None
+            def count(name: str) -> Callable[..., None]:
+                def hook(_module: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
+                    self._runs[name] = self._runs.get(name, 0) + 1
+
+                return hook
+
+            handles = [self._model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
+            try:
+                entries[0](self._blocks[site.block])
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return max(1, self._runs.get(site.name, 0))
 
     def _modulation_input(self, block: int, timesteps: Tensor, classes: Tensor) -> Tensor:
         assert isinstance(self._adapter, ClassConditionalAdapter)  # others have no pairs
         return self._adapter.modulation_input(self._model, block, timesteps, classes)
-
-
-def _output_keys(model: nn.Module, blocks: list[nn.Module], has_long_skips: bool) -> list[str]:
-    """Under which key each block's output is kept.
-
-    Blocks of one list hand on outputs of one kind, so that the latest is enough, unless later blocks read earlier ones.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(block)] if has_long_skips else names[id(block)].rpartition(".")[0] for block in blocks]
-
-
-@contextmanager
-def _standing_in(blocks: list[nn.Module], keys: list[str], outputs: dict[str, Any]) -> Iterator[None]:
-    """Inside the body, each of `blocks` returns the output kept for it instead of computing one."""
-
-    def returning(output: Any) -> Callable[..., Any]:
-        return lambda *_args, **_kwargs: output
-
-    standing = [(block, outputs[key]) for block, key in zip(blocks, keys, strict=False) if key in outputs]
-    for block, output in standing:
-        block.forward = returning(output)
-    try:
-        yield
-    finally:
-        for block, _ in standing:
-            del block.forward
 
 
 def _modulation_pairs(model: nn.Module, adapter: object, seed: int) -> tuple[Tensor, Tensor] | None:

@@ -68,7 +68,9 @@ class RecordedCalls:
         digest = hashlib.sha256(json.dumps(_structure(self)).encode())
         for call in self.recorded:
             for _, tensor in _named_tensors(call):
-                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                # An expanded tensor of one element counts as contiguous and yet cannot be seen as bytes: copy it.
+                flat = tensor.flatten().clone(memory_format=torch.contiguous_format)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def require_fits(self, model: nn.Module) -> None:

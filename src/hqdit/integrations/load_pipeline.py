@@ -13,6 +13,7 @@ from torch import nn
 from hqdit.errors import CheckpointError, reason_of
 from hqdit.integrations.pixel_pipeline import PixelDiTPipeline
 from hqdit.models.adapter import ClassConditionalAdapter, adapter_for
+from hqdit.models.precision import to_dtype
 from hqdit.models.source import PIPELINE_INDEX_NAME, ModelFolder, find_model, load_scheduler, load_vae
 from hqdit.models.weights import read_json
 from hqdit.pipeline.checkpoint import load_folder
@@ -36,7 +37,7 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: 
         EnvironmentUnavailable: a hub id, and the hub cannot be reached.
     """
     folder = find_model(path)
-    return pipeline_around(nn.Module.to(load_folder(folder), device=device, dtype=dtype), folder, dtype, device)
+    return pipeline_around(to_dtype(load_folder(folder), dtype, device), folder, dtype, device)
 
 
 def pipeline_around(
@@ -54,11 +55,23 @@ def pipeline_around(
 
 def _pipeline_of_index(transformer: nn.Module, folder: ModelFolder, dtype: torch.dtype) -> Any:
     where = folder.root / PIPELINE_INDEX_NAME
-    read_json(where, f"the model_index.json of a pipeline around a {type(transformer).__name__}")
+    index = read_json(where, f"the model_index.json of a pipeline around a {type(transformer).__name__}")
+    # A pipeline that was saved without some of its components, as for embeddings from elsewhere, has none of them here.
+    components = {name: None for name, entry in index.items() if entry == [None, None]} | {"transformer": transformer}
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(folder.root, transformer=transformer, **{_DTYPE: dtype})
+        return _pipeline_class(index).from_pretrained(folder.root, **components, **{_DTYPE: dtype})
     except Exception as error:  # whatever comes out of a loader that does not expect these files
         raise CheckpointError(
             f"{where}: found a pipeline that cannot be loaded ({reason_of(error)}), needed one whose components are "
             "all there. Fix: get the folder again, and install what its text encoders need (pip install transformers)"
         ) from error
+
+
+def _pipeline_class(index: dict[str, Any]) -> Any:
+    """The class that a model_index.json names, where diffusers has it.
+
+    `DiffusionPipeline` finds it too, but does not take transformers that are optional in a class, as in Wan's.
+    """
+    found = getattr(diffusers, str(index.get("_class_name")), None)
+    is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+    return found if is_pipeline else diffusers.DiffusionPipeline

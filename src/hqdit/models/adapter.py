@@ -52,8 +52,12 @@ ROLES = ("q", "k", "v", "attention-out", "fc1", "gate", "fc2", "fused-in", "fuse
 class ModelAdapter(ABC):
     """The face of one or several model classes. Adapters are stateless; every method gets the model."""
 
-    #: Whether blocks read outputs of blocks other than the one before them, as with long skip connections.
-    has_long_skips = False
+    #: For people.
+    name: str
+
+    #: Whether blocks read outputs of blocks other than the one before them in their list, as with long skip
+    #: connections. None: that has to be tried (`calibration.standing_in`).
+    has_long_skips: bool | None = False
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:

@@ -31,8 +31,9 @@ class ModelCall:
         return self.map_tensors(lambda tensor: tensor.to(device))
 
     def __call__(self, module: nn.Module) -> Any:
-        """Run `module` on these arguments."""
-        return module(*self.args, **self.kwargs)
+        """Run `module` on these arguments; containers are copied, because some models take items out of theirs."""
+        copied = self.map_tensors(lambda tensor: tensor)
+        return module(*copied.args, **copied.kwargs)
 
     @torch.no_grad()
     def output(self, model: nn.Module) -> Tensor:

@@ -17,6 +17,8 @@ from hqdit.models.dit_block import FusedDiTBlock, separate_embedders, share_embe
 class DiTAdapter(ClassConditionalAdapter):
     """DiT: adaLN-zero blocks of self-attention and an MLP, conditioned on time step and class."""
 
+    name = "DiT"
+
     def matches(self, model: nn.Module) -> bool:
         return isinstance(model, DiTTransformer2DModel)
 

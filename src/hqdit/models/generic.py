@@ -14,6 +14,9 @@ class GenericAdapter(ModelAdapter):
     Parts of a block whose name says that they embed the time step or a condition are left alone.
     """
 
+    name = "generic"
+    has_long_skips = None
+
     def matches(self, model: nn.Module) -> bool:
         return bool(self.sites(model))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hqdit.errors import CheckpointError
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import adapter_for
+from hqdit.models.precision import to_dtype
 from hqdit.models.source import CONFIG_NAME, ModelFolder, build_skeleton, find_model, load_float_transformer
 from hqdit.models.weights import (
     WEIGHTS_NAME,
@@ -115,15 +116,14 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
 
     Args:
         path: what `save` wrote, a float model folder, a hub id or a bundled name.
-        dtype: of the unquantized tensors in memory; scales stay float32.
+        dtype: of the unquantized tensors in memory; scales stay float32, and so do modules of which the class says so.
         device: where to put the model.
 
     Raises:
         CheckpointError: missing or broken file, unknown key, newer format version, or tensors that do not fit.
         EnvironmentUnavailable: a hub id, and the hub cannot be reached.
     """
-    # nn.Module's own `to`: diffusers' wrapper logs a warning about float32 modules that DiT does not have.
-    return nn.Module.to(load_folder(find_model(path)), device=device, dtype=dtype)
+    return to_dtype(load_folder(find_model(path)), dtype, device)
 
 
 def load_folder(folder: ModelFolder) -> nn.Module:
