@@ -241,7 +241,7 @@ EVALUATE = "evaluate quantized --against model --num 2 --steps 2 "
 FLAGS = [
     # what the parser sees
     ("", "command", "quantize"),
-    ("quantise model --out out", "quantise", "Did you mean 'quantize'? Fix"),
+    ("quantise model --out out", "quantise", "Did you mean 'quantize', 'dequantize'? Fix"),
     ("--nope", "--nope"),
     (QUANTIZE + "--nope", "--nope"),
     (QUANTIZE + "-x", "-x"),

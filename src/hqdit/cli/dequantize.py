@@ -20,8 +20,7 @@ def dequantize(
 ) -> None:
     """Write the float model that a quantized one stands for, for tools that know nothing of hqdit."""
     with running(quiet_mode=quiet, dtype=dtype) as options:
-        from torch import nn
-
+        from hqdit.models.precision import to_dtype
         from hqdit.models.source import find_model
         from hqdit.pipeline.checkpoint import load_folder, quantized_layers, save
         from hqdit.pipeline.dequantize import dequantize as dequantize_model
@@ -32,7 +31,7 @@ def dequantize(
         require_json(json_file, out, folder.root)
         model = load_folder(folder)
         layers = len(quantized_layers(model))
-        save(nn.Module.to(dequantize_model(model), options.dtype), out, folder, overwrite)
+        save(to_dtype(dequantize_model(model), options.dtype, "cpu"), out, folder, overwrite)
         write_json(json_file, {"source": source, "layers": layers, "dtype": dtype})
         if not quiet:
             say(f"{out}: {source} with {layers} layers back in {dtype}; what rounding took is not in it")

@@ -12,9 +12,8 @@ from torch import nn
 from hqdit.calibration.capture import CalibrationData
 from hqdit.errors import UsageError
 from hqdit.integrations.attachment import attach
-from hqdit.models.source import find_model
+from hqdit.pipeline import checkpoint
 from hqdit.pipeline import quantize as quantizing
-from hqdit.pipeline.checkpoint import load_folder
 from hqdit.pipeline.config import QuantizationConfig
 
 ModelOrPipeline = TypeVar("ModelOrPipeline")
@@ -79,4 +78,4 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
         EnvironmentUnavailable: a hub id, and the hub cannot be reached.
     """
     # Attached last: diffusers refuses to change the dtype of a model that it takes for quantized.
-    return attach(nn.Module.to(load_folder(find_model(path)), device=device, dtype=dtype))
+    return attach(checkpoint.load(path, dtype, device))

@@ -31,4 +31,4 @@ class QuantizationRecord:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     parameters: int = 0
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    shared: dict[str, str] | None = None
+    shared: dict[str, str] | None = field(default=None, compare=False)  # of a file, not of what happened
