@@ -19,7 +19,7 @@ from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan, plan_quantization
 from hqdit.transforms.hadamard import hadamard_factors, usable_blocks
 
-#: Arguments of classes that cannot be built from their defaults, as in a published model of each.
+#: Arguments for classes that cannot be built from their defaults: plausible sizes, not those of a certain checkpoint.
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "HiDreamImageTransformer2DModel": {
         "patch_size": 2,
@@ -195,7 +195,13 @@ def support_page(rows: list[SupportRow]) -> str:
         "|---|---|---|",
     ]
     lines += [f"| {row.name} | {_widths(row)} | {_left_alone(row)} |" for row in planned]
-    lines += ["", "## Arguments", "", "Classes without complete defaults are built with these arguments.", ""]
+    lines += [
+        "",
+        "## Arguments",
+        "",
+        "Classes without complete defaults are built with these: plausible sizes, not those of a certain checkpoint.",
+        "",
+    ]
     lines += [
         f"- {name}: " + ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         for name, arguments in ARGUMENTS.items()
