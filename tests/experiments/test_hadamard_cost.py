@@ -30,7 +30,8 @@ from hqdit.experiments.rotation_cost import (
 from hqdit.experiments.subjects import Subject
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import plan_quantization
-from hqdit.records.run_record import Interval, RunRecord
+from hqdit.records.run_record import Interval
+from hqdit.records.run_record_reader import run_record_from_json
 from hqdit.transforms.hadamard import hadamard_factors, hadamard_matrix, paley_matrix
 from hqdit.transforms.rotation import RotationSpec, plan_rotation
 
@@ -189,7 +190,7 @@ SCRIPTED = {"none": 0.010, "block:16": 0.011, "full": 0.015}
 @pytest.mark.parametrize("is_quick", [True, False])
 def test_the_record_is_complete_and_survives_json(tmp_path: Path, is_quick: bool) -> None:
     record = study(laboratory(tmp_path, is_quick=is_quick), timing(SCRIPTED, 0.040), SUBJECTS)
-    again = RunRecord.from_json(json.loads(json.dumps(record.to_json())), "here")
+    again = run_record_from_json(json.loads(json.dumps(record.to_json())), "here")
     assert again.to_json() == record.to_json()
     assert [table.title for table in record.tables] == [
         "Operations of one token in one block",

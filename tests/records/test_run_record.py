@@ -25,8 +25,8 @@ from hqdit.records.run_record import (
     RunRecord,
     Series,
     Table,
-    read_run_records,
 )
+from hqdit.records.run_record_reader import read_run_records, run_record_from_json
 
 POINTS = Series("s", (1.0, None, math.inf), (1.0, 2.0, 3.0), (0.0, None, 1.0), (2.0, None, 9.0))
 RECORD = RunRecord(
@@ -66,7 +66,7 @@ def stored(record: RunRecord = RECORD) -> dict[str, Any]:
 
 
 def test_a_record_survives_its_json() -> None:
-    assert RunRecord.from_json(stored(), "r") == RECORD
+    assert run_record_from_json(stored(), "r") == RECORD
 
 
 def test_a_nan_cannot_be_recorded() -> None:
@@ -150,14 +150,14 @@ def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
 )
 def test_what_is_no_record_is_refused_in_one_line(values: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"^here/record\.json: found .*needed .*Fix: ") as error:
-        RunRecord.from_json(values, "here/record.json")
+        run_record_from_json(values, "here/record.json")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("column", [{}, {"unit": "dB"}])
 def test_a_column_without_optional_keys_has_its_defaults(column: dict[str, Any]) -> None:
     values = changed(lambda v: v["tables"][0].update(columns=[{"title": "a"}, {"title": "b", **column}]))
-    found = RunRecord.from_json(values, "r").tables[0].columns[1]
+    found = run_record_from_json(values, "r").tables[0].columns[1]
     assert found == Column("b", **column) and found.interval == "95 % confidence interval"
 
 

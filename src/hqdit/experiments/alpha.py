@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from hqdit.evaluation.fidelity import PAIRS
-from hqdit.experiments.image_scores import FLOAT32, image_rows, image_table
+from hqdit.experiments.image_scores import FLOAT32, float_jobs, image_rows, image_table, method_jobs
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory, eps_gain, format_share
 from hqdit.experiments.subjects import Subject
 from hqdit.experiments.wording import compared, interval_notes, signed_db
@@ -52,7 +53,9 @@ def run(lab: Laboratory) -> RunRecord:
     answers: list[str] = []
     for subject in lab.subjects(SUBJECTS):
         wanted = QUICK_ALPHAS if lab.is_quick else ALPHAS[subject.source]
-        sweeps = {rotation: _sweep(lab, subject, rotation, wanted) for rotation in ROTATIONS}
+        choices = {rotation: _choices(lab, subject, rotation, wanted) for rotation in ROTATIONS}
+        _prepare(lab, subject, choices)
+        sweeps = {rotation: _sweep(lab, subject, found) for rotation, found in choices.items()}
         rows, _ = image_rows(lab, subject, _image_methods(subject, sweeps), lab.sampling, has_grids=False)
         tables.append(_weights_table(subject.name, sweeps))
         tables.append(_fidelity_table(subject.name, sweeps, lab.sampling.steps))
@@ -84,7 +87,10 @@ def run(lab: Laboratory) -> RunRecord:
     )
 
 
-def _sweep(lab: Laboratory, subject: Subject, rotation: str, alphas: tuple[float, ...]) -> dict[float, dict[str, Any]]:
+def _choices(
+    lab: Laboratory, subject: Subject, rotation: str, alphas: tuple[float, ...]
+) -> dict[float, dict[str, Any]]:
+    """Alpha -> configuration and facts about the weights; alphas that choose the same formats share one entry."""
     by_formats: dict[str, dict[str, Any]] = {}
     found = {}
     # The default comes first, so that the model that other experiments share stands for all that choose alike.
@@ -93,13 +99,25 @@ def _sweep(lab: Laboratory, subject: Subject, rotation: str, alphas: tuple[float
         model = lab.quantized(subject, config)
         formats = chosen_formats(model)
         if formats not in by_formats:
-            by_formats[formats] = {
-                "config": config,
-                "score": lab.score(subject, config),
-                "weights": weight_facts(subject.model, model),
-            }
+            by_formats[formats] = {"config": config, "weights": weight_facts(subject.model, model)}
         found[alpha] = by_formats[formats]
     return {alpha: found[alpha] for alpha in sorted(found)}
+
+
+def _prepare(lab: Laboratory, subject: Subject, choices: Mapping[str, Sweep]) -> None:
+    """Fill the cache with the scores of every choice and the images of those that are judged by them."""
+    configs = [entry["config"] for found in choices.values() for entry in found.values()]
+    jobs = float_jobs([(subject, lab.sampling)])
+    jobs += [partial(Laboratory.score, subject=subject, config=config) for config in dict.fromkeys(configs)]
+    lab.prepare(jobs, f"alpha, {subject.name}")
+    judged = _image_methods(subject, choices).values()
+    lab.prepare(method_jobs(subject, judged, lab.sampling), f"alpha, images of {subject.name}")
+
+
+def _sweep(lab: Laboratory, subject: Subject, choices: Sweep) -> dict[float, dict[str, Any]]:
+    """The choices with their scores."""
+    scored = {id(entry): {**entry, "score": lab.score(subject, entry["config"])} for entry in choices.values()}
+    return {alpha: scored[id(entry)] for alpha, entry in choices.items()}
 
 
 def _alike(sweep: Sweep) -> list[list[float]]:

@@ -20,7 +20,6 @@ from hqdit.experiments.laboratory import GUIDANCES, Laboratory, eps_gain
 from hqdit.experiments.subjects import Subject
 from hqdit.experiments.wording import interval_notes, signed_db
 from hqdit.pipeline.config import QuantizationConfig
-from hqdit.progress import track
 from hqdit.records.run_record import Bars, Cell, Column, Interval, Lines, RunRecord, Series, Table
 
 SUBJECTS = (Subject("digits"), Subject("shapes"))
@@ -82,12 +81,9 @@ def spearman(a: Sequence[float] | Float64Array, b: Sequence[float] | Float64Arra
 def run(lab: Laboratory) -> RunRecord:
     """Score the grid on both models; rank correlation, best settings and what it costs to swap them."""
     settings = grid(lab.is_quick)
-    scores: dict[str, dict[Settings, dict[str, Any]]] = {}
-    for subject in SUBJECTS:
-        scores[subject.name] = {
-            chosen: lab.cache.numbers(_key(lab, subject, chosen), partial(_score, lab, subject, chosen))
-            for chosen in track(settings, f"settings, {subject.name}")
-        }
+    jobs = [partial(_scored, subject=subject, settings=chosen) for subject in SUBJECTS for chosen in settings]
+    lab.prepare(jobs, "settings")
+    scores = {subject.name: {chosen: _scored(lab, subject, chosen) for chosen in settings} for subject in SUBJECTS}
     first, second = (subject.name for subject in SUBJECTS)
     pairs = np.array([[_db(scores[name][chosen]) for name in (first, second)] for chosen in settings])
     rho = bootstrap_interval(pairs, lambda rows: spearman(rows[:, 0], rows[:, 1]))
@@ -129,6 +125,11 @@ def _config(settings: Settings) -> QuantizationConfig:
 def _key(lab: Laboratory, subject: Subject, settings: Settings) -> dict[str, Any]:
     config = _config(settings).to_json()
     return {"what": "domains", "subject": subject.name, "config": config, **lab.settings, "grid": CALIBRATION_SAMPLES}
+
+
+def _scored(lab: Laboratory, subject: Subject, settings: Settings) -> dict[str, Any]:
+    """`_score`, from the cache if it was scored before."""
+    return lab.cache.numbers(_key(lab, subject, settings), partial(_score, lab, subject, settings))
 
 
 def _score(lab: Laboratory, subject: Subject, settings: Settings) -> dict[str, Any]:

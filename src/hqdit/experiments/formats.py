@@ -8,6 +8,7 @@ Source: HQ-DiT (arXiv 2405.19751), section 3.3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from hqdit.formats.catalog import FP4_FORMATS
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import plan_quantization
 from hqdit.pipeline.rotation_check import signs_of, weight_to_rotate
-from hqdit.progress import track
 from hqdit.quantizers.format_selection import range_statistic, select_format
 from hqdit.quantizers.quantized_tensor import round_to_nearest, weight_scales
 from hqdit.quantizers.spec import WeightSpec
@@ -58,8 +58,11 @@ def run(lab: Laboratory) -> RunRecord:
         for rotation in ROTATIONS
         for name, config in configurations(rotation).items()
     ]
+    lab.prepare([partial(Laboratory.score, subject=cell[0], config=cell[3]) for cell in cells], "formats")
+    picks = [partial(_channels, subject=subject, rotation=rotation) for subject in subjects for rotation in ROTATIONS]
+    lab.prepare(picks, "formats of channels")
     scores: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for subject, rotation, name, config in track(cells, "formats"):
+    for subject, rotation, name, config in cells:
         scores.setdefault((subject.name, rotation), {})[name] = lab.score(subject, config)
     channels = {
         (subject.name, rotation): _channels(lab, subject, rotation) for subject in subjects for rotation in ROTATIONS

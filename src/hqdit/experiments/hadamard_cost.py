@@ -6,7 +6,9 @@ Source: HQ-DiT (arXiv 2405.19751), an open question: is the overhead of the onli
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,6 @@ from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.kernels.selection import current_backend
 from hqdit.models.adapter import adapter_for
 from hqdit.pipeline.config import QuantizationConfig
-from hqdit.progress import track
 from hqdit.records.run_record import Bars, Cell, Column, Interval, Lines, RunRecord, Series, Table
 
 TOKENS = 512
@@ -43,9 +44,21 @@ JUDGED = "guided 1.5"
 def run(lab: Laboratory) -> RunRecord:
     """Count, measure, score the bundled models with every rotation, and weigh one against the other."""
     lab.tell("hadamard-cost: time at DiT-XL/2's shapes")
-    timing = measure(XL, rotations_for(XL), TOKENS, QUICK_REPEATS if lab.is_quick else REPEATS)
+    with all_threads(lab.threads):
+        timing = measure(XL, rotations_for(XL), TOKENS, QUICK_REPEATS if lab.is_quick else REPEATS)
     subjects = SUBJECTS[:2] if lab.is_quick else SUBJECTS
     return study(lab, timing, subjects)
+
+
+@contextmanager
+def all_threads(count: int) -> Iterator[None]:
+    """Measure the body with `count` threads, as a user would run it; everything else has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def geometry_of(model: nn.Module, name: str) -> BlockGeometry:
@@ -63,7 +76,10 @@ def study(lab: Laboratory, timing: Timing, subjects: Sequence[Subject]) -> RunRe
         kinds = rotations_for(geometries[subject.name])
         grid += [(subject, rotation) for rotation in ((*kinds[:2], "full") if lab.is_quick else kinds)]
     scores: dict[str, dict[str, dict[str, Any]]] = {subject.name: {} for subject in subjects}
-    for subject, rotation in track(grid, "models and rotations"):
+    lab.prepare(
+        [partial(Laboratory.score, subject=s, config=base.replace(rotation=r)) for s, r in grid], "models and rotations"
+    )
+    for subject, rotation in grid:
         scores[subject.name][rotation] = lab.score(subject, base.replace(rotation=rotation))
     return RunRecord(
         name="hadamard-cost",
@@ -84,7 +100,7 @@ def study(lab: Laboratory, timing: Timing, subjects: Sequence[Subject]) -> RunRe
         config={
             "tokens": timing.tokens,
             "repeats": len(next(iter(timing.product.values()))),
-            "threads": torch.get_num_threads(),
+            "threads": lab.threads,
             "backend": current_backend().description,
             "config": base.to_json(),
             "image_steps": IMAGE_STEPS,

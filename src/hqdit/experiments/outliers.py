@@ -60,10 +60,12 @@ def run(lab: Laboratory) -> RunRecord:
     figures: list[Figure] = []
     answers: list[str] = []
     measured: dict[Subject, dict[str, Any]] = {}
-    for subject in lab.subjects(SUBJECTS):
-        lab.tell(f"outliers: {subject.name}")
-        key = {"what": "outliers", "subject": subject.name, "config": CONFIG.to_json(), **lab.settings}
-        found = lab.cache.numbers(key, partial(_measure, lab, subject))
+    subjects = lab.subjects(SUBJECTS)
+    lab.prepare([partial(_found, subject=subject) for subject in subjects], "activations")
+    configs = [CONFIG.replace(rotation=rotation) for rotation in ("full", "none")]
+    lab.prepare([partial(Laboratory.score, subject=s, config=c) for s in subjects for c in configs], "layers")
+    for subject in subjects:
+        found = _found(lab, subject)
         for rotation in ("full", "none"):
             scored = lab.score(subject, CONFIG.replace(rotation=rotation))["layer_sqnr_db"]
             for entry in found["inputs"]:
@@ -95,6 +97,12 @@ def run(lab: Laboratory) -> RunRecord:
             for subject, found in measured.items()
         },
     )
+
+
+def _found(lab: Laboratory, subject: Subject) -> dict[str, Any]:
+    """`_measure`, from the cache if it was measured before."""
+    key = {"what": "outliers", "subject": subject.name, "config": CONFIG.to_json(), **lab.settings}
+    return lab.cache.numbers(key, partial(_measure, lab, subject))
 
 
 def _measure(lab: Laboratory, subject: Subject) -> dict[str, Any]:
