@@ -219,3 +219,13 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(CheckpointError, match=r"found no record\.json"):
             read_run_records(path)
+
+
+def test_the_text_has_a_line_for_each_list_of_numbers():
+    """Also where a text looks like one: line ends in it are escaped."""
+    answer = "found [\n 1,\n 2\n] dB"
+    record = dataclasses.replace(RECORD, answers=(answer,), measurements={"x": [1, -2.5, None, 1e-30], "none": []})
+    text = record.to_text()
+    assert json.loads(text) == json.loads(json.dumps(record.to_json()))
+    assert '"x": [1, -2.5, null, 1e-30]' in text
+    assert text.endswith("}\n")

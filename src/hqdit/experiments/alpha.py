@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from operator import methodcaller
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from hqdit.evaluation.fidelity import PAIRS
 from hqdit.experiments.image_scores import FLOAT32, float_jobs, image_rows, image_table, method_jobs
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory, eps_gain, format_share
+from hqdit.experiments.noise_floor import noise_floor, reference_rows
 from hqdit.experiments.subjects import Subject
 from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.formats.catalog import FP4_FORMATS
@@ -58,7 +59,7 @@ def run(lab: Laboratory) -> RunRecord:
         sweeps = {rotation: _sweep(lab, subject, found) for rotation, found in choices.items()}
         rows, _ = image_rows(lab, subject, _image_methods(subject, sweeps), lab.sampling, has_grids=False)
         tables.append(_weights_table(subject.name, sweeps))
-        tables.append(_fidelity_table(subject.name, sweeps, lab.sampling.steps))
+        tables.append(_fidelity_table(subject.name, sweeps, noise_floor(lab, subject), lab.sampling.steps))
         tables.append(image_table(f"Images, {subject.name}: {lab.sampling.steps} steps, guidance 1.5", rows, subject))
         figures += [_trade(subject.name, sweeps), _quality(subject.name, sweeps)]
         figures += [_format_map(subject.name, rotation, sweep) for rotation, sweep in sweeps.items()]
@@ -107,8 +108,8 @@ def _choices(
 def _prepare(lab: Laboratory, subject: Subject, choices: Mapping[str, Sweep]) -> None:
     """Fill the cache with the scores of every choice and the images of those that are judged by them."""
     configs = [entry["config"] for found in choices.values() for entry in found.values()]
-    jobs = float_jobs([(subject, lab.sampling)])
-    jobs += [partial(Laboratory.score, subject=subject, config=config) for config in dict.fromkeys(configs)]
+    jobs = float_jobs(subject, lab.sampling)
+    jobs += [methodcaller("score", subject, config) for config in dict.fromkeys(configs)]
     lab.prepare(jobs, f"alpha, {subject.name}")
     judged = _image_methods(subject, choices).values()
     lab.prepare(method_jobs(subject, judged, lab.sampling), f"alpha, images of {subject.name}")
@@ -116,7 +117,8 @@ def _prepare(lab: Laboratory, subject: Subject, choices: Mapping[str, Sweep]) ->
 
 def _sweep(lab: Laboratory, subject: Subject, choices: Sweep) -> dict[float, dict[str, Any]]:
     """The choices with their scores."""
-    scored = {id(entry): {**entry, "score": lab.score(subject, entry["config"])} for entry in choices.values()}
+    distinct = {id(entry): entry for entry in choices.values()}
+    scored = {key: {**entry, "score": lab.score(subject, entry["config"])} for key, entry in distinct.items()}
     return {alpha: scored[id(entry)] for alpha, entry in choices.items()}
 
 
@@ -212,7 +214,7 @@ def _weights_table(name: str, sweeps: Mapping[str, Sweep]) -> Table:
     return Table(f"Range and precision, {name}", columns, tuple(rows), "all weights of the model; no sampling error")
 
 
-def _fidelity_table(name: str, sweeps: Mapping[str, Sweep], steps: int) -> Table:
+def _fidelity_table(name: str, sweeps: Mapping[str, Sweep], floor: Mapping[str, Any], steps: int) -> Table:
     columns = (
         Column("Rotation"),
         Column("alpha", "", 2),
@@ -220,7 +222,9 @@ def _fidelity_table(name: str, sweeps: Mapping[str, Sweep], steps: int) -> Table
         Column("Noise prediction", "dB", 2, "SQNR after guidance 1.5"),
         Column("Against default", "dB", 2, f"paired gain over alpha = {DEFAULT:g}"),
     )
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[tuple[Cell, ...]] = [
+        (label, None, layers, judged, None) for label, layers, judged in reference_rows(floor, JUDGED)
+    ]
     for rotation, sweep in sweeps.items():
         for alpha, entry in sweep.items():
             score = entry["score"]

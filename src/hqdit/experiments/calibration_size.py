@@ -18,6 +18,7 @@ from hqdit.evaluation.bootstrap import bootstrap_mean
 from hqdit.evaluation.fidelity import PAIRS, noise_fidelity
 from hqdit.experiments.gptq_blocks import OVER_LAYERS, block_answer, block_sizes, block_table
 from hqdit.experiments.laboratory import GUIDANCES, Job, Laboratory, eps_gain
+from hqdit.experiments.noise_floor import noise_floor, reference_rows
 from hqdit.experiments.subjects import Subject
 from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.gptq.solver import BLOCK_COLUMNS
@@ -57,7 +58,8 @@ def run(lab: Laboratory) -> RunRecord:
     for subject, counts in sizes.items():
         nearest, control = _nearest(lab, subject), _controlled(lab, subject, counts)
         found = {count: _measured(lab, subject, count) for count in counts}
-        tables.append(_table(subject.name, found, nearest, control, lab.sampling.steps))
+        floor = noise_floor(lab, subject)
+        tables.append(_table(subject.name, found, nearest, control, floor, lab.sampling.steps))
         figures += _lines(subject.name, found, nearest, control)
         answers += _answers(subject.name, found, nearest, control)
     blocks = _blocks(lab, smallest)
@@ -193,9 +195,19 @@ def _gaps(found: Mapping[str, Any], control: Mapping[str, Any], count: int) -> t
     return bootstrap_mean(of_gptq), bootstrap_mean(of_nearest), bootstrap_mean(net)
 
 
-def _table(name: str, found: BySize, nearest: Mapping[str, Any], control: Mapping[str, Any], steps: int) -> Table:
+def _table(
+    name: str,
+    found: BySize,
+    nearest: Mapping[str, Any],
+    control: Mapping[str, Any],
+    floor: Mapping[str, Any],
+    steps: int,
+) -> Table:
     plain = (Interval(*nearest["eps_sqnr_db"][JUDGED]), None, None, fmean(control["unseen"].values()))
-    rows: list[tuple[Cell, ...]] = [("nearest", None, *plain, None, None, None)]
+    rows: list[tuple[Cell, ...]] = [
+        (label, None, judged, *(None for _ in _COLUMNS[3:])) for label, _, judged in reference_rows(floor, JUDGED)
+    ]
+    rows.append(("nearest", None, *plain, None, None, None))
     for count, of_size in found.items():
         judged, gain = Interval(*of_size["eps_sqnr_db"]), eps_gain(of_size, nearest, JUDGED)
         layers = (fmean(of_size[side].values()) for side in ("seen", "unseen"))

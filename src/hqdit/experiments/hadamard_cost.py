@@ -8,14 +8,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import nn
 
 from hqdit.benchmark.workload import DIT_XL_2
+from hqdit.evaluation.fidelity import PAIRS
 from hqdit.experiments.laboratory import Laboratory, eps_gain
+from hqdit.experiments.noise_floor import noise_floor, reference_rows
 from hqdit.experiments.rotation_cost import (
     GEOMETRIES,
     XL,
@@ -76,11 +78,10 @@ def study(lab: Laboratory, timing: Timing, subjects: Sequence[Subject]) -> RunRe
         kinds = rotations_for(geometries[subject.name])
         grid += [(subject, rotation) for rotation in ((*kinds[:2], "full") if lab.is_quick else kinds)]
     scores: dict[str, dict[str, dict[str, Any]]] = {subject.name: {} for subject in subjects}
-    lab.prepare(
-        [partial(Laboratory.score, subject=s, config=base.replace(rotation=r)) for s, r in grid], "models and rotations"
-    )
+    lab.prepare([methodcaller("score", s, base.replace(rotation=r)) for s, r in grid], "models and rotations")
     for subject, rotation in grid:
         scores[subject.name][rotation] = lab.score(subject, base.replace(rotation=rotation))
+    floors = {subject.name: noise_floor(lab, subject) for subject in subjects}
     return RunRecord(
         name="hadamard-cost",
         title="What the Hadamard transform costs",
@@ -94,7 +95,7 @@ def study(lab: Laboratory, timing: Timing, subjects: Sequence[Subject]) -> RunRe
         tables=(
             _operations_table(),
             _time_table(timing),
-            *(_score_table(name, geometries[name], found) for name, found in scores.items()),
+            *(_score_table(name, geometries[name], found, floors[name]) for name, found in scores.items()),
         ),
         figures=(_time_figure(timing), _trade_figure(geometries, scores)),
         config={
@@ -186,9 +187,13 @@ def _range(seconds: Sequence[float]) -> Interval:
     return Interval(1e3 * statistics.median(seconds), 1e3 * min(seconds), 1e3 * max(seconds))
 
 
-def _score_table(name: str, geometry: BlockGeometry, found: Mapping[str, dict[str, Any]]) -> Table:
+def _score_table(
+    name: str, geometry: BlockGeometry, found: Mapping[str, dict[str, Any]], floor: Mapping[str, Any]
+) -> Table:
     plain = found["none"]
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[tuple[Cell, ...]] = [
+        (label, None, layers, None, judged, None) for label, layers, judged in reference_rows(floor, JUDGED)
+    ]
     for rotation, score in found.items():
         operations, products = block_operations(geometry, rotation)
         rows.append(
@@ -209,7 +214,8 @@ def _score_table(name: str, geometry: BlockGeometry, found: Mapping[str, dict[st
         Column("Noise prediction", "dB", 2, "SQNR after guidance 1.5; higher is better"),
         Column("Gain, noise prediction", "dB", 2, "over no rotation, paired by trajectory"),
     )
-    return Table(f"Gain, {name}", columns, tuple(rows))
+    caption = f"{PAIRS} held-out trajectories; 95 % bootstrap intervals over trajectories"
+    return Table(f"Gain, {name}", columns, tuple(rows), caption)
 
 
 def _gain(found: Mapping[str, dict[str, Any]], rotation: str) -> Interval:

@@ -57,6 +57,7 @@ def image_rows(
     sampling: SamplingConfig,
     *,
     has_grids: bool = True,
+    other_seeds: Sequence[int] = tuple(OTHER_SEEDS),
 ) -> tuple[list[dict[str, Any]], list[ImageGrid]]:
     """Scores of the float model, of the float model from other seeds, and of every method.
 
@@ -66,6 +67,7 @@ def image_rows(
         methods: name -> configuration.
         sampling: steps and guidance; guidance 0 is unconditional, where class accuracy says nothing and is left out.
         has_grids: write a PNG of the first images of each row.
+        other_seeds: keys of `OTHER_SEEDS` whose rows are wanted.
 
     Returns:
         Rows (float32, `OTHER_SEEDS`, methods) with "method", "samples" and [value, low, high] or None for each metric;
@@ -74,7 +76,7 @@ def image_rows(
     """
     everything: dict[str, tuple[QuantizationConfig | None, int]] = {
         FLOAT32: (None, lab.seed),
-        **{name: (None, lab.seed + offset) for offset, name in OTHER_SEEDS.items()},
+        **{OTHER_SEEDS[offset]: (None, lab.seed + offset) for offset in other_seeds},
         **{name: (config, lab.seed) for name, config in methods.items()},
     }
     rows, grids = [], []
@@ -86,10 +88,11 @@ def image_rows(
     return rows, grids
 
 
-def float_jobs(kinds: Sequence[tuple[Subject, SamplingConfig]]) -> list[Job]:
+def float_jobs(
+    subject: Subject, sampling: SamplingConfig, other_seeds: Sequence[int] = tuple(OTHER_SEEDS)
+) -> list[Job]:
     """What has to be in the cache before the rows of methods: the float model's images, which all are compared with."""
-    offsets = (0, *OTHER_SEEDS)
-    return [partial(_floor_row, subject=s, sampling=how, seed_offset=k) for k in offsets for s, how in kinds]
+    return [partial(_floor_row, subject=subject, sampling=sampling, seed_offset=k) for k in (0, *other_seeds)]
 
 
 def method_jobs(subject: Subject, methods: Iterable[QuantizationConfig], sampling: SamplingConfig) -> list[Job]:

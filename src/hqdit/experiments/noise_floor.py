@@ -6,17 +6,19 @@ A method below this floor keeps nothing of what the float model says about the v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hqdit.evaluation.fidelity import prediction_fidelity
+from hqdit.experiments.image_scores import FLOAT32
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory
 from hqdit.experiments.subjects import Subject
 from hqdit.models.adapter import adapter_for
 from hqdit.numerics.error import SignalToNoise
+from hqdit.records.run_record import Interval
 from hqdit.sampling.sampler import predict_branches
 
 #: The row's name in tables.
@@ -33,6 +35,14 @@ def noise_floor(lab: Laboratory, subject: Subject) -> dict[str, Any]:
     """
     key = {"what": "noise floor", "subject": subject.name, **lab.settings}
     return lab.cache.numbers(key, lambda: _measure(lab, subject))
+
+
+def reference_rows(floor: Mapping[str, Any], branch: str) -> list[tuple[str, float, float | Interval]]:
+    """(name, mean layer SQNR, noise prediction SQNR) of float32, to which paired measures compare, and of the floor."""
+    return [
+        (FLOAT32, math.inf, math.inf),
+        (FLOOR, floor["mean_layer_sqnr_db"], Interval(*floor["eps_sqnr_db"][branch])),
+    ]
 
 
 @torch.no_grad()

@@ -46,14 +46,14 @@ class Entry:
 
 #: In the order of the report.
 EXPERIMENTS: dict[str, Entry] = {
-    "table-w4a4": Entry("table_w4a4", 40),
-    "outliers": Entry("outliers", 0.5),
-    "formats": Entry("formats", 2),
-    "calibration": Entry("calibration_size", 2),
-    "alpha": Entry("alpha", 4),
-    "beyond-dit": Entry("beyond_dit", 5),
-    "hadamard-cost": Entry("hadamard_cost", 2),
-    "domains": Entry("domains", 3),
+    "table-w4a4": Entry("table_w4a4", 34),
+    "outliers": Entry("outliers", 1),
+    "formats": Entry("formats", 1),
+    "calibration": Entry("calibration_size", 1),
+    "alpha": Entry("alpha", 2.5),
+    "beyond-dit": Entry("beyond_dit", 4),
+    "hadamard-cost": Entry("hadamard_cost", 1.5),
+    "domains": Entry("domains", 2),
     "timesteps": Entry("timesteps", 1),
 }
 

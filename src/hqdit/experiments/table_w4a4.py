@@ -8,10 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 from hqdit.evaluation.fidelity import PAIRS
-from hqdit.experiments.image_scores import FLOAT32, OTHER_SEED, float_jobs, image_rows, image_table, method_jobs
+from hqdit.experiments.image_scores import (
+    FLOAT32,
+    OTHER_SEED,
+    OTHER_SEEDS,
+    float_jobs,
+    image_rows,
+    image_table,
+    method_jobs,
+)
 from hqdit.experiments.laboratory import Job, Laboratory, eps_gain, pooled
 from hqdit.experiments.noise_floor import FLOOR, noise_floor
 from hqdit.experiments.subjects import SUBJECTS, Subject
@@ -107,7 +116,8 @@ def run(lab: Laboratory) -> RunRecord:
             _detail_table(subject, scores, draws, floors[subject.name]),
         ]
     for subject, methods, sampling, title, has_grids in pictures:
-        rows, grids = image_rows(lab, subject, methods, sampling, has_grids=has_grids)
+        seeds = _other_seeds(has_grids)
+        rows, grids = image_rows(lab, subject, methods, sampling, has_grids=has_grids, other_seeds=seeds)
         tables.append(image_table(f"Images, {subject.name}: W4A4, {_how(sampling)}", rows, subject))
         images += grids
         measured[title] = rows
@@ -179,23 +189,28 @@ def _pictures(lab: Laboratory, subjects: Sequence[Subject]) -> _Pictures:
     return found
 
 
+def _other_seeds(has_grids: bool) -> tuple[int, ...]:
+    """All of them beside the guided images; one where an image takes five times as many steps."""
+    return tuple(OTHER_SEEDS) if has_grids else (1,)
+
+
 def _draws_of(lab: Laboratory, method: str) -> range:
     return range(lab.draws if method in DRAWN_METHODS else 1)
 
 
 def _prepare(lab: Laboratory, subjects: Sequence[Subject], bit_widths: Sequence[str], pictures: _Pictures) -> None:
     """Fill the cache: scores and the float model's images first, then the images that are compared with those."""
-    cells = float_jobs([(subject, sampling) for subject, _, sampling, _, _ in pictures])
+    cells: list[Job] = []
+    for subject, _, sampling, _, has_grids in pictures:
+        cells += float_jobs(subject, sampling, _other_seeds(has_grids))
     for subject in subjects:
         cells.append(partial(noise_floor, subject=subject))
-        for bits in bit_widths:
-            cells += [partial(Laboratory.score, subject=subject, config=method_config(m, bits)) for m in METHODS]
+        # The exponent search takes longest; begun last, it would keep one worker busy after the others.
+        for method in sorted(METHODS, key=lambda name: not method_config(name).format_search):
+            cells += [methodcaller("score", subject, method_config(method, bits)) for bits in bit_widths]
         for method in DRAWN_METHODS:
             config = method_config(method)
-            cells += [
-                partial(Laboratory.score, subject=subject, config=config, draw=draw)
-                for draw in _draws_of(lab, method)[1:]
-            ]
+            cells += [methodcaller("score", subject, config, draw=draw) for draw in _draws_of(lab, method)[1:]]
     lab.prepare(cells, "methods and bit widths")
     rows: list[Job] = []
     for subject, methods, sampling, _, _ in pictures:
