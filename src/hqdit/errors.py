@@ -41,3 +41,8 @@ class EnvironmentUnavailable(HQDiTError):
     """Something outside is missing: the hub, an extra, a backend, a device (exit code 6)."""
 
     exit_code = 6
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of a foreign error's message, or its class, so that ours stays on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,12 +9,12 @@ import torch
 from tiny import BLOCKS, CLASSES, WIDTH, inputs_of, predicted, random_calibration, state_hash, tiny_dit
 from torch import Tensor, nn
 
-from hqdit.calibration.capture import BATCH_SIZE, MODULATION_PAIRS, BlockStream
-from hqdit.calibration.samples import CalibrationSet
+from hqdit.calibration.capture import MODULATION_PAIRS, BlockStream
+from hqdit.calibration.samples import CALL_SIZE, CalibrationSet
 from hqdit.errors import NumericsError
 from hqdit.models.adapter import LinearSite, adapter_for
 
-SAMPLES = BATCH_SIZE + 7  # a whole batch and a part of one
+SAMPLES = CALL_SIZE + 7  # a whole batch and a part of one
 
 
 def sites_of(model: nn.Module, block: int) -> list[LinearSite]:
@@ -37,8 +37,8 @@ def plain_inputs(model: nn.Module, calibration: CalibrationSet) -> dict[str, lis
             seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).clone())
 
         handles.append(model.get_submodule(site.name).register_forward_pre_hook(hook))
-    for start in range(0, len(calibration), BATCH_SIZE):
-        rows = slice(start, start + BATCH_SIZE)
+    for start in range(0, len(calibration), CALL_SIZE):
+        rows = slice(start, start + CALL_SIZE)
         predicted(
             model,
             latents=calibration.latents[rows],
@@ -60,7 +60,7 @@ def test_inputs_are_those_of_a_plain_forward_pass() -> None:
         for site in sites_of(model, block):
             if not site.is_modulation:
                 found = captured(stream, site)
-                assert [len(x) for x in found] == [BATCH_SIZE * 4, (SAMPLES - BATCH_SIZE) * 4]  # 4 tokens a sample
+                assert [len(x) for x in found] == [CALL_SIZE * 4, (SAMPLES - CALL_SIZE) * 4]  # 4 tokens a sample
                 assert all(torch.equal(a, b) for a, b in zip(found, expected[site.name], strict=True))
                 again = captured(stream, site)
                 assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))

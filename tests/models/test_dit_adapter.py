@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import (
     BLOCKS,
     CLASSES,
@@ -29,7 +28,7 @@ from hqdit.kernels.selection import use_backend
 from hqdit.layers.linear import HQLinear
 from hqdit.models import adapter as adapter_module
 from hqdit.models.adapter import LinearSite, ModelAdapter, adapter_for, register_adapter
-from hqdit.models.dit import DiTAdapter, SharedInputAttention
+from hqdit.models.dit import DiTAdapter
 from hqdit.models.dit_block import FusedDiTBlock
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
@@ -104,20 +103,11 @@ def test_every_linear_layer_is_a_site_or_kept(model: Any) -> None:
     assert sites | kept.keys() == linear
     assert not sites & kept.keys()
     for name, reason in kept.items():
-        assert reason == ("final layer, outside the blocks" if "proj_out" in name else "time and class embedder")
+        assert reason == (
+            "outside the repeated blocks" if "proj_out" in name else "embedder or unknown layer inside a block"
+        )
     assert {name for name in kept if "proj_out" in name} == {"proj_out_1", "proj_out_2"}
     assert sum(".emb." in name for name in kept) == 2 * BLOCKS
-
-
-def test_blocks_in_sequence_are_the_forward_pass(model: Any) -> None:
-    adapter, fields = adapter_for(model), inputs_of(model)
-    final = inputs_in_order(model, fields, ["norm_out"])["norm_out"]
-    with torch.no_grad():
-        hidden, arguments = adapter.block_input(model, **fields)
-        assert hidden.shape == (6, 4, WIDTH)
-        for block in adapter.blocks(model):
-            hidden = block(hidden, **arguments)
-    assert torch.equal(hidden, final)
 
 
 def test_modulation_input_is_what_the_layer_receives(model: Any) -> None:
@@ -178,7 +168,7 @@ def test_null_class_needs_a_row_in_the_table() -> None:
 def test_no_adapter() -> None:
     with pytest.raises(CheckpointError) as info:
         adapter_for(nn.Linear(2, 2))
-    require_complete(info.value, "Linear", "DiTTransformer2DModel")
+    require_complete(info.value, "Linear", "repeated blocks")
 
 
 def test_later_adapters_are_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,21 +211,29 @@ def shared(request: pytest.FixtureRequest) -> Any:
     return quantize(tiny_dit(), config, calibration() if config.needs_calibration else None)
 
 
-def processors(model: Any) -> list[type]:
-    return [type(block.attn1.processor) for block in model.transformer_blocks]
+def shares(model: Any) -> list[bool]:
+    """Whether the quantized ones among q, k and v of each block share their input, all of them or none."""
+    found = []
+    for block in model.transformer_blocks:
+        layers = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
+        (shared,) = {layer.shared_input for layer in layers if isinstance(layer, HQLinear)}
+        found.append(shared is not None)
+    return found
 
 
 def unfused(model: Any) -> Any:
-    """A copy whose blocks and attention run diffusers' own code."""
+    """A copy whose blocks run diffusers' own code, and whose layers quantize their inputs each by itself."""
     plain = copy.deepcopy(model)
     for block in plain.transformer_blocks:
         block.__class__ = BasicTransformerBlock
-        block.attn1.set_processor(AttnProcessor2_0())
+    for layer in plain.modules():
+        if isinstance(layer, HQLinear):
+            layer.shared_input = None
     return plain
 
 
 def test_fused_blocks_give_the_same_bits_on_a_composed_backend(shared: Any) -> None:
-    assert processors(shared) == [SharedInputAttention] * BLOCKS
+    assert shares(shared) == [True] * BLOCKS
     assert {type(block) for block in shared.transformer_blocks} == {FusedDiTBlock}
     with use_backend("torch"):
         expected = predicted(unfused(shared))
@@ -325,7 +323,7 @@ def test_shared_embedding_does_not_reach_diffusers_own_forward() -> None:
 def test_partly_quantized_block_is_not_fused() -> None:
     model: Any = quantize(tiny_dit(), CONFIGS["minmax"].replace(exclude=("transformer_blocks.1.ff.*",)))
     assert [type(block) for block in model.transformer_blocks] == [FusedDiTBlock, BasicTransformerBlock]
-    assert processors(model) == [SharedInputAttention] * BLOCKS
+    assert shares(model) == [True] * BLOCKS
 
 
 @pytest.mark.parametrize("branched", ["attn1.to_k", "attn1.to_out.0", "ff.net.2", "norm1.linear"])
@@ -339,8 +337,7 @@ def test_block_with_a_low_rank_branch_is_not_fused(branched: str) -> None:
     expected = predicted(model)
     adapter_for(model).fuse(model)
     assert [type(block) for block in model.transformer_blocks] == [BasicTransformerBlock, FusedDiTBlock]
-    is_shared = not branched.endswith("to_k")
-    assert processors(model) == [SharedInputAttention if is_shared else AttnProcessor2_0, SharedInputAttention]
+    assert shares(model) == [True, True]  # the branch is beside what is shared
     with use_backend("torch"):
         assert torch.equal(predicted(model), predicted(unfused(model)))
     assert layer.low_rank_down is not None and expected.isfinite().all()
@@ -354,10 +351,12 @@ def test_shared_attention_keeps_the_dtype() -> None:
     assert bool(torch.isfinite(output).all())
 
 
-def test_partly_quantized_attention_is_not_shared() -> None:
+def test_partly_quantized_attention_shares_what_is_quantized() -> None:
     config = CONFIGS["minmax"].replace(exclude=("transformer_blocks.0.attn1.to_k",))
     model = quantize(tiny_dit(), config)
-    assert processors(model) == [AttnProcessor2_0, SharedInputAttention]
+    assert shares(model) == [True, True]
+    with use_backend("torch"):
+        assert torch.equal(predicted(model), predicted(unfused(model)))
     assert bool(torch.isfinite(predicted(model)).all())
 
 
@@ -369,13 +368,11 @@ def test_layers_that_see_their_input_differently_are_not_shared(difference: str)
         QuantizationConfig(gptq=False, activation_granularity=granularity),
         random_calibration(tiny_dit()),
     )
-    assert processors(model) == [SharedInputAttention] * BLOCKS
-    for block in model.transformer_blocks:
-        block.attn1.set_processor(AttnProcessor2_0())
+    assert shares(model) == [True] * BLOCKS
     to_v = model.transformer_blocks[1].attn1.to_v
     buffer = {"signs": "rotation_signs", "channel scale": "channel_scale", "static scale": "static_scale"}[difference]
     value = getattr(to_v, buffer).clone()
     value[0] += 1
     setattr(to_v, buffer, value)
     adapter_for(model).fuse(model)
-    assert processors(model) == [SharedInputAttention, AttnProcessor2_0]
+    assert shares(model) == [True, False]

@@ -157,9 +157,11 @@ def test_config_that_is_no_object(folder: Path, text: str) -> None:
 # --- config.json
 
 
-@pytest.mark.parametrize("name", ["UNet2DConditionModel", "PixArtTransformer2DModel", "Transformer2DModel", None, 7])
+@pytest.mark.parametrize(
+    "name", ["UNet2DConditionModel", "Transformer2DModel", "DiTPipeline", "logging", "", "a.b", None, 7, ["DiT"]]
+)
 def test_unknown_model_class(folder: Path, name: object) -> None:
-    edit_json(folder / "config.json", _class_name=name, norm_type="ada_norm_single")
+    edit_json(folder / "config.json", _class_name=name, norm_type="layer_norm")
     refused(
         lambda: build_skeleton(find_model(folder)), str(folder / "config.json"), repr(name), "DiTTransformer2DModel"
     )
@@ -207,6 +209,30 @@ def test_unknown_config_keys(folder: Path) -> None:
 def test_config_values_that_build_no_model(folder: Path, key: str, value: object) -> None:
     edit_json(folder / "config.json", **{key: value})
     refused(lambda: load_float_transformer(find_model(folder)), str(folder))
+
+
+def test_config_of_another_class(folder: Path) -> None:
+    edit_json(folder / "config.json", _class_name="FluxTransformer2DModel")
+    refused(lambda: build_skeleton(find_model(folder)), "FluxTransformer2DModel", "num_embeds_ada_norm", "unknown")
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_skeleton_of_any_transformer(tmp_path: Path, is_empty: bool) -> None:
+    flux = diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 4, 4),
+    )
+    flux.save_pretrained(tmp_path)
+    found = build_skeleton(find_model(tmp_path), is_empty)
+    assert isinstance(found, diffusers.FluxTransformer2DModel)
+    assert {parameter.is_meta for parameter in found.parameters()} == {is_empty}
+    assert state_hash(load_float_transformer(find_model(tmp_path))) == state_hash(flux)
 
 
 def test_skeleton_has_the_configuration(folder: Path) -> None:

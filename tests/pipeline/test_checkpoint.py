@@ -35,7 +35,6 @@ from torch import Tensor
 import hqdit
 from hqdit.errors import CheckpointError, HQDiTError, UsageError
 from hqdit.models import weights
-from hqdit.models.dit import SharedInputAttention
 from hqdit.models.source import find_model, load_scheduler
 from hqdit.models.weights import WEIGHTS_NAME
 from hqdit.pipeline import checkpoint
@@ -212,7 +211,7 @@ def test_load(original: Path) -> None:
 
 def test_loaded_attention_quantizes_its_input_once(originals: dict[str, Path]) -> None:
     model: Any = load(originals["groups"])  # the other has low-rank branches, which read the input by themselves
-    assert all(isinstance(block.attn1.processor, SharedInputAttention) for block in model.transformer_blocks)
+    assert all(block.attn1.to_q.shared_input is not None for block in model.transformer_blocks)
 
 
 def test_load_in_another_dtype(original: Path) -> None:

@@ -68,7 +68,7 @@ def test_json_round_trip(values: dict[str, Any]) -> None:
     assert QuantizationConfig.from_json(text) == config
     assert QuantizationConfig.from_json(json.loads(text)) == config
     # What came after format version 1 is written only where it is used, so that older releases read the other files.
-    added = {"smoothing": None, "low_rank": 0, "format_search": False}
+    added = {"smoothing": None, "low_rank": 0, "format_search": False, "modulation": True}
     unused = {name for name, default in added.items() if getattr(config, name) == default}
     assert config.to_json().keys() == {field.name for field in dataclasses.fields(QuantizationConfig)} - unused
 

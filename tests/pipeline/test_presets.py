@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import RUNNABLE, inputs_of, predicted, random_calibration, state_hash, tiny_dit
 
 from hqdit.formats.catalog import FP4_FORMATS
 from hqdit.kernels.selection import use_backend
-from hqdit.models.dit import SharedInputAttention
 from hqdit.models.dit_block import FusedDiTBlock
 from hqdit.numerics.error import sqnr_db
 from hqdit.pipeline import input_group
@@ -75,7 +73,7 @@ def test_parts_are_where_the_preset_has_them(made: Made) -> None:
         assert ("search_error" in made.model.quantization_record.layers[name]) == (made.name == "fpq")
     block = made.model.transformer_blocks[0]
     assert type(block) is (BasicTransformerBlock if has_branch else FusedDiTBlock)
-    assert type(block.attn1.processor) is (AttnProcessor2_0 if has_branch else SharedInputAttention)
+    assert block.attn1.to_q.shared_input is not None
 
 
 def test_backends_agree(made: Made) -> None:

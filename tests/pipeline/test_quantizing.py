@@ -302,7 +302,7 @@ def test_inputs_of_a_block_come_from_quantized_blocks(monkeypatch: pytest.Monkey
             original(self, block)
             if block == 0:
                 streams.append(self)
-                inputs.append(torch.cat([hidden for hidden, _ in self._batches]))
+                inputs.append(torch.cat([call.entry.args[0] for call in self._trajectories]))  # type: ignore[union-attr]
 
         monkeypatch.setattr(BlockStream, "advance", advance)
         quantize(tiny_dit(), QuantizationConfig(), calibration())

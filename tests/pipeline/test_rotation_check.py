@@ -15,7 +15,14 @@ from hqdit.pipeline import rotation_check
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import plan_quantization
 from hqdit.pipeline.quantize import quantize
-from hqdit.pipeline.rotation_check import TOLERANCE, require_rotation_is_exact, rotation_error, signs_of
+from hqdit.pipeline.rotation_check import (
+    TOLERANCE,
+    layer_rotation_error,
+    probe_call,
+    require_rotation_is_exact,
+    rotation_error,
+    signs_of,
+)
 
 ROTATIONS: dict[str, dict[str, Any]] = {
     "full": {"rotation": "full"},
@@ -30,6 +37,12 @@ def planned(model: Any, **values: Any) -> Any:
     return plan_quantization(model, QuantizationConfig(**values))
 
 
+def error_of(model: Any, plan: Any, seed: int) -> float:
+    call = probe_call(model, seed, "rotation check")
+    assert call is not None
+    return rotation_error(model, plan, seed, call)
+
+
 @pytest.mark.parametrize("name", ROTATIONS)
 @pytest.mark.parametrize(
     "build",
@@ -40,7 +53,7 @@ def test_rotation_is_exact(name: str, build: Any) -> None:
     model = build()
     before = state_hash(model)
     for seed in range(3):
-        error = rotation_error(model, planned(model, **ROTATIONS[name]), seed)
+        error = error_of(model, planned(model, **ROTATIONS[name]), seed)
         assert 0 < error <= TOLERANCE == 1e-5  # something was rotated, and nothing changed
     assert state_hash(model) == before
     assert all(not module._forward_hooks for module in model.modules())
@@ -48,7 +61,7 @@ def test_rotation_is_exact(name: str, build: Any) -> None:
 
 def test_no_rotation_no_error() -> None:
     # Weights go through float64 and back, the product is the same: not a bit changes.
-    assert rotation_error(tiny_dit(), planned(tiny_dit(), rotation="none"), 0) == 0.0
+    assert error_of(tiny_dit(), planned(tiny_dit(), rotation="none"), 0) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -71,7 +84,7 @@ def test_one_wrong_sign_is_found(victim: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(rotation_check, "rotate", rotate)
     plan = planned(model, rotation="full")
-    error = rotation_error(model, plan, 0)
+    error = error_of(model, plan, 0)
     assert wrong_calls == 1
     assert error > 10 * TOLERANCE
     with pytest.raises(NumericsError) as info:
@@ -89,7 +102,7 @@ def test_missing_and_double_rotations_are_found(sabotage: str, monkeypatch: pyte
         monkeypatch.setattr(rotation_check, "rotate_online", lambda x, *how: online(online(x, *how), *how))
     else:
         monkeypatch.setattr(rotation_check, "fold_into_value", lambda weight, bias, *_: (weight, bias))
-    assert rotation_error(tiny_dit(), planned(tiny_dit(), rotation="full", fold_value_rotation=True), 0) > 0.01
+    assert error_of(tiny_dit(), planned(tiny_dit(), rotation="full", fold_value_rotation=True), 0) > 0.01
 
 
 def test_quantize_stops_before_anything_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +134,24 @@ def test_signs_are_shared_by_a_group_and_differ_between_groups() -> None:
     other = signs_of(layers[0], 6)
     assert other is not None and not torch.equal(other, signs[layers[0].site.name])
     assert signs_of(planned(tiny_dit(), rotation="none").layers[0], 5) is None
+
+
+def test_layers_by_themselves() -> None:
+    # What is checked where no inputs of the model are at hand.
+    model = tiny_dit()
+    error = layer_rotation_error(model, planned(model), 0)
+    assert 0 < error <= TOLERANCE
+    assert layer_rotation_error(model, planned(model, rotation="none"), 0) < 1e-6
+
+
+def test_a_wrong_rotation_of_one_layer_is_found_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_dit()
+    original = rotation_check.rotate
+    broken = model.transformer_blocks[1].ff.net[2].weight
+
+    def rotate(x: Tensor, *args: Any) -> Tensor:
+        y = original(x, *args)
+        return y.roll(1, dims=-1) if x.shape == broken.shape else y
+
+    monkeypatch.setattr(rotation_check, "rotate", rotate)
+    assert layer_rotation_error(model, planned(model), 0) > 0.1

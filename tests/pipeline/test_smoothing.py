@@ -52,7 +52,7 @@ def inputs_of_layers(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 def smoothed(model: Any, alpha: float = 0.5, **values: Any) -> tuple[Any, dict[str, Tensor]]:
     """The plan and the scales of `model`, which is smoothed in place."""
     plan = plan_quantization(model, QuantizationConfig(smoothing=alpha, **{**NEAREST, **values}))
-    return plan, smooth_model(model, plan, BlockStream(model, random_calibration(model, 16), 0), alpha, 0)
+    return plan, smooth_model(model, plan, random_calibration(model, 16), alpha, 0)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

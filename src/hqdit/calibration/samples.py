@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hqdit.errors import CheckpointError, NumericsError, UsageError
-from hqdit.models.adapter import adapter_for
+from hqdit.models.adapter import class_conditional_adapter
+from hqdit.models.calls import ModelCall
 from hqdit.models.weights import read_safetensors, write_safetensors
 from hqdit.randomness import random_stream
 from hqdit.sampling.noise import CALIBRATION, starting_noise
@@ -20,6 +22,8 @@ from hqdit.sampling.sampler import BATCH_SIZE, SamplingConfig, sample_latents
 DEFAULT_SAMPLES = 512
 #: Trajectories are run until there are enough tuples, and at least this many, so that several classes are seen.
 MIN_TRAJECTORIES = 16
+#: Samples that pass through a model at once.
+CALL_SIZE = 64
 
 _FIELDS = ("latents", "timesteps", "classes")
 
@@ -83,13 +87,20 @@ class CalibrationSet:
             digest.update(getattr(self, name).contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
 
+    def calls(self, model: nn.Module) -> Iterator[ModelCall]:
+        """The samples as calls of `model`, `CALL_SIZE` at a time."""
+        adapter = class_conditional_adapter(model)
+        for start in range(0, len(self), CALL_SIZE):
+            rows = slice(start, start + CALL_SIZE)
+            yield adapter.call(model, self.latents[rows], self.timesteps[rows], self.classes[rows])
+
     def require_fits(self, model: nn.Module) -> None:
         """Check shapes, time steps and classes against `model`.
 
         Raises:
             NumericsError: the first mismatch, with field and sample.
         """
-        adapter = adapter_for(model)
+        adapter = class_conditional_adapter(model)
         shape = adapter.latent_shape(model)
         if tuple(self.latents.shape[1:]) != tuple(shape):
             raise NumericsError(
@@ -134,7 +145,7 @@ class CalibrationSet:
         if samples < 1:
             raise UsageError(f"--calibration-samples: found {samples}, needed at least 1. Fix: 512 is the default")
         sampling = sampling or SamplingConfig()
-        adapter = adapter_for(model)
+        adapter = class_conditional_adapter(model)
         null_class = adapter.null_class(model)
         branches = 1 if sampling.guidance == 1.0 or null_class is None else 2
         trajectories = max(MIN_TRAJECTORIES, -(-samples // (sampling.steps * branches)))

@@ -160,7 +160,7 @@ def _analyze_quantized(
         psnr_of_images,
         require_same_shape,
     )
-    from hqdit.models.adapter import adapter_for
+    from hqdit.models.adapter import class_conditional_adapter
     from hqdit.models.source import load_float_transformer, load_scheduler, load_vae
     from hqdit.pipeline.checkpoint import load_folder
     from hqdit.sampling.noise import EVALUATION
@@ -173,7 +173,7 @@ def _analyze_quantized(
     scheduler, vae = load_scheduler(original), load_vae(original, options.device)
     inputs = evaluation_inputs(exact, scheduler, sampling, seed)
     noise = noise_fidelity(exact, quantized, inputs, sampling.guidance)
-    classes = [index % adapter_for(exact).num_classes(exact) for index in range(num)]
+    classes = [index % class_conditional_adapter(exact).num_classes(exact) for index in range(num)]
     exact_images, images = (
         generate_images(which, scheduler, vae, classes, sampling, seed, EVALUATION, batch_size, what)
         for which, what in ((exact, "float samples"), (quantized, "quantized samples"))

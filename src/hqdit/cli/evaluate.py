@@ -56,7 +56,7 @@ def evaluate(
             psnr_db,
             require_same_shape,
         )
-        from hqdit.models.adapter import adapter_for
+        from hqdit.models.adapter import class_conditional_adapter
         from hqdit.models.source import find_model, load_float_transformer, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
         from hqdit.pipeline.environment import describe_environment
@@ -74,7 +74,7 @@ def evaluate(
         inputs = evaluation_inputs(exact, scheduler, config, seed)
         noise = noise_fidelity(exact, quantized, inputs, guidance)
         layers = layer_fidelity(exact, quantized, inputs)
-        classes = [index % adapter_for(exact).num_classes(exact) for index in range(num)]
+        classes = [index % class_conditional_adapter(exact).num_classes(exact) for index in range(num)]
         images = [
             generate_images(which, scheduler, vae, classes, config, seed, EVALUATION, batch_size, what)
             for which, what in ((exact, "float samples"), (quantized, "quantized samples"))

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hqdit.cli.calibration import CalibrationRequest
 from hqdit.cli.options import (
     BackendName,
     Debug,
     Device,
-    Guidance,
     JsonFile,
     Overwrite,
     Quiet,
     Seed,
-    Steps,
     Threads,
     discarded_on_error,
     require_count,
@@ -70,10 +69,22 @@ def quantize(
     include: Annotated[list[str] | None, typer.Option(help="Name pattern of layers to quantize; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Name pattern of layers to leave; repeatable.")] = None,
     keep_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for the rest.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="safetensors: latents, timesteps, classes.")] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Tuples from the model's own sampler.")] = 512,
-    steps: Steps = 50,
-    guidance: Guidance = 1.5,
+    modulation: Annotated[
+        bool | None, typer.Option("--modulation/--no-modulation", help="Quantize adaLN layers, too.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="safetensors: latents, timesteps, classes; or recorded calls.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file to calibrate with, a prompt a line.")] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="Tuples from the sampler (512), or calls with prompts (128).", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps of the calibration: 50, or the pipeline's.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Its guidance scale: 1.5, or the pipeline's.", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; change nothing.")] = False,
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
@@ -85,18 +96,19 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Quantize a trained diffusion transformer to FP4 weights and activations, or as a baseline does."""
-    require_count("--calibration-samples", calibration_samples)
+    if calibration_samples is not None:
+        require_count("--calibration-samples", calibration_samples)
     if out is None and not dry_run:
         raise UsageError("--out: found nothing, needed the folder to write. Fix: add --out DST, or --dry-run")
     with running(quiet_mode=quiet, device=device, backend=backend, threads=threads, seed=seed) as options:
-        from hqdit.calibration.samples import CalibrationSet
+        from hqdit.calibration.recording import read_calibration
+        from hqdit.models.adapter import ClassConditionalAdapter, adapter_for
         from hqdit.models.source import find_model, load_float_transformer, load_scheduler
         from hqdit.pipeline.checkpoint import save
         from hqdit.pipeline.config import QuantizationConfig
         from hqdit.pipeline.plan import plan_quantization
         from hqdit.pipeline.publish import require_free
         from hqdit.pipeline.quantize import quantize as quantize_model
-        from hqdit.sampling.sampler import SamplingConfig, require_guidance, require_steps
 
         changes: dict[str, Any] = {
             "weights": weights,
@@ -114,32 +126,34 @@ def quantize(
             "smoothing": smoothing,
             "low_rank": low_rank,
             "format_search": format_search,
+            "modulation": modulation,
             "include": tuple(include) if include else None,
             "exclude": tuple(exclude) if exclude else None,
             "keep_dtype": keep_dtype,
             "seed": seed,
         }
         config = QuantizationConfig.preset(preset, bits).replace(**{k: v for k, v in changes.items() if v is not None})
-        sampling = SamplingConfig(steps, guidance)
+        request = CalibrationRequest(prompts, calibration_samples, steps, guidance, seed)
         folder = find_model(source)
-        sources = [folder.root] if calibration is None else [folder.root, calibration]
+        sources = [folder.root, *(path for path in (calibration, prompts) if path is not None)]
         existed = out is not None and out.exists()
         if out is not None:
             require_free(out, overwrite, *sources)
         require_json(json_file, out, *sources)
-        given = CalibrationSet.from_file(calibration) if calibration is not None else None
+        given = read_calibration(calibration) if calibration is not None else None
         model = load_float_transformer(folder).to(options.device)
-        scheduler = load_scheduler(folder)
-        if given is None and config.needs_calibration:
-            require_steps(scheduler, steps)
-            require_guidance(model, guidance)
+        if isinstance(adapter_for(model), ClassConditionalAdapter):
+            load_scheduler(folder)  # a broken one is found now, not when somebody samples
+        is_drawn = given is None and config.needs_calibration
+        if is_drawn:
+            request.require_fits(model, folder)
         plan = plan_quantization(model, config)
         if dry_run or out is None:
             _print_plan(plan)
             write_json(json_file, _plan_record(plan, config))
             return
-        if given is None and config.needs_calibration:
-            given = CalibrationSet.from_sampler(model, scheduler, calibration_samples, sampling, seed)
+        if is_drawn:
+            given = request.draw(model, folder)
         save(quantize_model(model, config, given), out, folder, overwrite)
 
         from hqdit.analysis.inspection import inspect_checkpoint

@@ -63,7 +63,7 @@ def sample(
 
         from hqdit.evaluation.image_files import write_adm_npz
         from hqdit.integrations.pixel_pipeline import as_pil
-        from hqdit.models.adapter import adapter_for
+        from hqdit.models.adapter import class_conditional_adapter
         from hqdit.models.source import find_model, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
         from hqdit.pipeline.environment import describe_environment
@@ -77,7 +77,9 @@ def sample(
         require_json(json_file, out, folder.root)
         _require_npz(npz, out, folder.root)
         transformer = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
-        labels = given or list(range(min(DEFAULT_CLASSES, adapter_for(transformer).num_classes(transformer))))
+        labels = given or list(
+            range(min(DEFAULT_CLASSES, class_conditional_adapter(transformer).num_classes(transformer)))
+        )
         require_classes(labels, transformer)
         require_guidance(transformer, guidance)
         vae = load_vae(folder, options.device)

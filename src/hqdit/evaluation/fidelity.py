@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hqdit.errors import NumericsError, UsageError
 from hqdit.evaluation.bootstrap import bootstrap_interval
 from hqdit.layers.linear import HQLinear
-from hqdit.models.adapter import adapter_for
+from hqdit.models.adapter import class_conditional_adapter
 from hqdit.numerics.error import SignalToNoise, decibel
 from hqdit.pipeline.checkpoint import quantized_layers
 from hqdit.pipeline.smoothing import smoothed_twin
@@ -57,7 +57,7 @@ def evaluation_inputs(exact: nn.Module, scheduler: Any, sampling: SamplingConfig
     Not at a few of them: the SQNR falls by tens of dB towards t = 0, so that a handful of steps which includes the
     last one measures that step and little else.
     """
-    adapter = adapter_for(exact)
+    adapter = class_conditional_adapter(exact)
     device = next(exact.parameters()).device
     noise = starting_noise(seed, EVALUATION, range(PAIRS), adapter.latent_shape(exact)).to(device)
     classes = torch.arange(PAIRS, device=device) % adapter.num_classes(exact)
@@ -151,7 +151,7 @@ Branches = tuple[Tensor, Tensor | None]
 @torch.no_grad()
 def noise_predictions(model: nn.Module, inputs: EvaluationInputs) -> list[Branches]:
     """What `model` predicts at every time step of `inputs`, before guidance."""
-    has_null = adapter_for(model).null_class(model) is not None
+    has_null = class_conditional_adapter(model).null_class(model) is not None
     # Both branches are looked at even where guidance 1.0 would skip one, so ask for them with another scale.
     branch_scale = 0.0 if has_null else 1.0
     predictions = []
@@ -242,7 +242,7 @@ def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInp
     exact = smoothed_twin(exact, quantized)
     layers = quantized_layers(quantized)
     folded: dict[str, HQLinear] = {}
-    for site in adapter_for(exact).sites(exact):
+    for site in class_conditional_adapter(exact).sites(exact):
         layer = layers.get(site.name)
         if layer is not None and layer.spec.rotation.is_folded and site.value_site is not None:
             folded[site.value_site] = layer
@@ -289,7 +289,7 @@ def require_same_shape(exact: nn.Module, quantized: nn.Module) -> None:
     """Raise `UsageError` unless both models take the same inputs."""
     facts = []
     for model in (exact, quantized):
-        adapter = adapter_for(model)
+        adapter = class_conditional_adapter(model)
         facts.append((*adapter.latent_shape(model), adapter.num_classes(model), len(adapter.blocks(model))))
     if facts[0] != facts[1]:
         raise UsageError(

@@ -11,7 +11,7 @@ from torch import nn
 from hqdit.calibration.samples import CalibrationSet
 from hqdit.evaluation.fidelity import EvaluationInputs, evaluation_inputs
 from hqdit.evaluation.surrogate import SurrogateClassifier
-from hqdit.models.adapter import adapter_for
+from hqdit.models.adapter import class_conditional_adapter
 from hqdit.models.outliers import inject_outliers
 from hqdit.models.source import ModelFolder, find_model, load_float_transformer, load_scheduler
 from hqdit.sampling.sampler import SamplingConfig
@@ -61,7 +61,7 @@ class Subject:
     @property
     def num_classes(self) -> int:
         """Classes, without the null class."""
-        return adapter_for(self.model).num_classes(self.model)
+        return class_conditional_adapter(self.model).num_classes(self.model)
 
     def calibration(self, samples: int, sampling: SamplingConfig, seed: int) -> CalibrationSet:
         """Tuples from the model's own sampler."""

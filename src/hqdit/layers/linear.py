@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from hqdit.quantizers.low_rank import BRANCH_DTYPE
 from hqdit.quantizers.quantized_tensor import QuantizedTensor
 from hqdit.quantizers.spec import LinearSpec
 from hqdit.transforms.rotation import SIGNS_PER_BYTE, pack_signs, rotate_folded, unpack_signs, unrotate
+
+if TYPE_CHECKING:
+    from hqdit.layers.shared_input import SharedInput
 
 
 class HQLinear(nn.Linear):
@@ -61,6 +65,8 @@ class HQLinear(nn.Linear):
         """Empty buffers of the shapes that `spec` asks for; `from_quantized` or a state dict fills them."""
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a float weight
         self.spec = spec
+        #: Set by `layers.shared_input.share_input` where other layers read the same input.
+        self.shared_input: SharedInput | None = None
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self._input_tables = input_tables(spec.activation, spec.rotation)
@@ -180,12 +186,14 @@ class HQLinear(nn.Linear):
 
         A token that holds a NaN or an infinity gives NaN outputs.
         """
+        shared = self.shared_input
+        activation = self.quantize_input(input) if shared is None else shared.quantized(self, input)
         if self.low_rank_down is None or self.low_rank_up is None:
-            output = self.forward_quantized(self.quantize_input(input), input.dtype)
+            output = self.forward_quantized(activation, input.dtype)
         else:
             down, up = self.low_rank_down.to(torch.float32), self.low_rank_up.to(torch.float32)
             branch = (input.reshape(-1, self.in_features).to(torch.float32) @ down.T) @ up.T
-            output = (self.forward_quantized(self.quantize_input(input)) + branch).to(input.dtype)
+            output = (self.forward_quantized(activation) + branch).to(input.dtype)
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HQLinear:

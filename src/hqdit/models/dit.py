@@ -9,30 +9,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from hqdit.kernels.selection import current_backend
-from hqdit.layers.linear import HQLinear
-from hqdit.models.adapter import LinearSite, ModelAdapter, register_adapter
+from hqdit.models.adapter import ClassConditionalAdapter, LinearSite, register_adapter
+from hqdit.models.calls import ModelCall
 from hqdit.models.dit_block import FusedDiTBlock, share_embedders
 
 
-class SharedInputAttention:
-    """Attention processor that rotates and quantizes the input of q, k and v once.
-
-    It stands for diffusers' default processor in self-attention without masks or norms, which is what DiT has.
-    """
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        batch, tokens, _width = hidden_states.shape
-        layers: list[HQLinear] = [attn.to_q, attn.to_k, attn.to_v]
-        backend = current_backend()
-        shared = layers[0].quantize_input(hidden_states)
-        projected = backend.linear(shared, [layer.packed_weight for layer in layers], dtype=hidden_states.dtype)
-        query, key, value = (part.view(batch, tokens, attn.heads, -1) for part in projected)
-        merged = backend.attention(query, key, value).view(batch, tokens, -1)
-        return cast(Tensor, attn.to_out[0](merged))
-
-
-class DiTAdapter(ModelAdapter):
+class DiTAdapter(ClassConditionalAdapter):
     """DiT: adaLN-zero blocks of self-attention and an MLP, conditioned on time step and class."""
 
     def matches(self, model: nn.Module) -> bool:
@@ -58,20 +40,9 @@ class DiTAdapter(ModelAdapter):
             ]
         return sites
 
-    def kept_layers(self, model: nn.Module) -> dict[str, str]:
-        sites = {site.name for site in self.sites(model)}
-        reasons = {}
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name not in sites:
-                is_embedder = ".emb." in name
-                reasons[name] = "time and class embedder" if is_embedder else "final layer, outside the blocks"
-        return reasons
-
-    def block_input(
-        self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor
-    ) -> tuple[Tensor, dict[str, Any]]:
-        hidden = cast(Any, model).pos_embed(latents)  # (batch, tokens, width)
-        return hidden, {"timestep": timesteps, "class_labels": classes}
+    def call(self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor) -> ModelCall:
+        # Latents stay float32 between steps; the model computes in its own dtype.
+        return ModelCall((latents.to(cast(Any, model).dtype),), {"timestep": timesteps, "class_labels": classes})
 
     def modulation_input(self, model: nn.Module, block: int, timesteps: Tensor, classes: Tensor) -> Tensor:
         norm = cast(Any, model).transformer_blocks[block].norm1
@@ -79,8 +50,7 @@ class DiTAdapter(ModelAdapter):
         return cast(Tensor, norm.silu(embedding))
 
     def predict_noise(self, model: nn.Module, latents: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
-        # Latents stay float32 between steps; the model computes in its own dtype.
-        output = model(latents.to(cast(Any, model).dtype), timestep=timesteps, class_labels=classes).sample
+        output = self.call(model, latents, timesteps, classes)(model).sample
         return cast(Tensor, output[:, : latents.shape[1]].to(latents.dtype))
 
     def latent_shape(self, model: nn.Module) -> tuple[int, int, int]:
@@ -99,15 +69,10 @@ class DiTAdapter(ModelAdapter):
         return 1000  # DiT (arXiv 2212.09748), section 4; the configuration does not hold it
 
     def fuse(self, model: nn.Module) -> None:
+        super().fuse(model)
         for block in cast(Any, model).transformer_blocks:
             if FusedDiTBlock.can_fuse(block):
                 FusedDiTBlock.fuse(block)
-            attention = block.attn1
-            projections = (attention.to_q, attention.to_k, attention.to_v)
-            if all(isinstance(layer, HQLinear) and layer.is_fusible for layer in projections) and all(
-                attention.to_q.shares_input_with(layer) for layer in projections[1:]
-            ):
-                attention.set_processor(SharedInputAttention())
         share_embedders(model)
 
     def modulated_groups(self, model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hqdit.errors import UsageError
+from hqdit.layers.matrix_layers import matrix_shape
 from hqdit.models.adapter import adapter_for
 from hqdit.randomness import random_stream
 
@@ -36,10 +37,12 @@ def inject_outliers(model: nn.Module, factor: float, share: float = DEFAULT_SHAR
             "(0, 1]. Fix: for example factor 10 and share 0.05"
         )
     adapter = adapter_for(model)
-    width_of = {
-        site.input_group: int(model.get_submodule(site.name).in_features)  # type: ignore[arg-type]
-        for site in adapter.sites(model)
-    }
+    if not adapter.modulated_groups(model):
+        raise UsageError(
+            f"outliers: found class {type(model).__name__}, needed a model whose modulated inputs can be scaled "
+            "(DiTTransformer2DModel). Fix: choose a DiT model"
+        )
+    width_of = {site.input_group: matrix_shape(model.get_submodule(site.name))[0] for site in adapter.sites(model)}
     factors = {}
     for group in adapter.modulated_groups(model):
         width = width_of[group]

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hqdit.errors import CheckpointError, EnvironmentUnavailable, UsageError
+from hqdit.errors import CheckpointError, EnvironmentUnavailable, UsageError, reason_of
 from hqdit.models.weights import read_json, read_weights, require_finite, require_float, require_state
 
 #: Models that ship with the package.
@@ -30,8 +30,9 @@ DEFAULT_SCHEDULER: dict[str, Any] = {
     "clip_sample": False,
 }
 
-#: Class names under which a DiT can lie in a config.json; the second is what old hub checkpoints say.
-_DIT_CLASS, _LEGACY_CLASS = "DiTTransformer2DModel", "Transformer2DModel"
+#: Old hub checkpoints say Transformer2DModel; by its norm_type it is one of today's classes.
+_LEGACY_CLASS = "Transformer2DModel"
+_LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 #: Sizes in a config.json and their bounds, so that a wrong number is answered before it has filled the memory.
 _LARGEST_SIZES = {
@@ -108,19 +109,14 @@ def _download(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except HFValidationError as error:
         raise CheckpointError(
-            f"{repository}: found no such folder and no valid hub id ({_reason(error)}), needed one of both. "
+            f"{repository}: found no such folder and no valid hub id ({reason_of(error)}), needed one of both. "
             "Fix: check the name"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentUnavailable(
-            f"{repository}: found no such folder, and the hub did not give the model ({_reason(error)}), needed "
+            f"{repository}: found no such folder, and the hub did not give the model ({reason_of(error)}), needed "
             "a connection and an existing repository. Fix: check name, network and token, or pass a local folder"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a foreign error's message, so that ours stays on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _inspect(root: Path) -> ModelFolder:
@@ -154,23 +150,18 @@ def build_skeleton(folder: ModelFolder, is_empty: bool = False) -> nn.Module:
         CheckpointError: another class, or a key that the class does not know.
     """
     from accelerate import init_empty_weights
-    from diffusers import DiTTransformer2DModel, Transformer2DModel
+    from diffusers import Transformer2DModel
 
     config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
-    name = config.get("_class_name")
-    is_legacy_dit = name == _LEGACY_CLASS and config.get("norm_type") == "ada_norm_zero"
     where = folder.transformer / CONFIG_NAME
-    if name != _DIT_CLASS and not is_legacy_dit:
-        raise CheckpointError(
-            f"{where}: found model class {name!r}, needed {_DIT_CLASS}, the only architecture with an adapter so far. "
-            "Fix: choose a DiT model"
-        )
-    known = set(inspect.signature(DiTTransformer2DModel.__init__).parameters)
-    tolerated = set(inspect.signature(Transformer2DModel.__init__).parameters)
+    model_class = _transformer_class(config, where)
+    known = set(inspect.signature(model_class.__init__).parameters)
+    is_legacy = config["_class_name"] == _LEGACY_CLASS
+    tolerated = set(inspect.signature(Transformer2DModel.__init__).parameters) if is_legacy else set()
     unknown = sorted(key for key in config if not key.startswith("_") and key not in known | tolerated)
     if unknown:
         raise CheckpointError(
-            f"{where}: found the unknown keys {', '.join(unknown)}, needed only those of {_DIT_CLASS}. "
+            f"{where}: found the unknown keys {', '.join(unknown)}, needed only those of {model_class.__name__}. "
             "Fix: remove them or upgrade diffusers"
         )
     for key, largest in _LARGEST_SIZES.items():
@@ -183,13 +174,34 @@ def build_skeleton(folder: ModelFolder, is_empty: bool = False) -> nn.Module:
     settings = {key: value for key, value in config.items() if key in known}
     try:
         with init_empty_weights(include_buffers=False) if is_empty else nullcontext():
-            model: nn.Module = DiTTransformer2DModel(**settings)
+            model: nn.Module = model_class(**settings)
     except Exception as error:  # whatever comes out of a constructor that does not expect these values
         raise CheckpointError(
-            f"{where}: found values that build no model ({_reason(error)}), needed those of a {_DIT_CLASS}. "
-            "Fix: get the file again or correct it"
+            f"{where}: found values that build no model ({reason_of(error)}), needed those of a "
+            f"{model_class.__name__}. Fix: get the file again or correct it"
         ) from error
     return model.eval()
+
+
+def _transformer_class(config: dict[str, Any], where: Path) -> type[nn.Module]:
+    """The class that a config.json names.
+
+    Raises:
+        CheckpointError: it is none of the installed diffusers' transformers.
+    """
+    import diffusers
+
+    name = config.get("_class_name")
+    if name == _LEGACY_CLASS:
+        name = _LEGACY_CLASSES.get(str(config.get("norm_type")), name)
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    is_transformer = isinstance(found, type) and found.__module__.startswith("diffusers.models.transformers.")
+    if not is_transformer or name == _LEGACY_CLASS:
+        raise CheckpointError(
+            f"{where}: found model class {name!r}, needed one of the transformers of diffusers "
+            f"{diffusers.__version__}, such as DiTTransformer2DModel. Fix: choose such a model, or upgrade diffusers"
+        )
+    return cast("type[nn.Module]", found)
 
 
 def load_float_transformer(folder: ModelFolder) -> nn.Module:
@@ -243,8 +255,8 @@ def load_scheduler(folder: ModelFolder) -> Any:
         return cast(Any, scheduler).from_config(config)
     except Exception as error:  # whatever comes out of a constructor that does not expect these values
         raise CheckpointError(
-            f"{path}: found values that build no scheduler ({_reason(error)}), needed those of a {scheduler.__name__}. "
-            "Fix: get the file again or correct it"
+            f"{path}: found values that build no scheduler ({reason_of(error)}), needed those of a "
+            f"{scheduler.__name__}. Fix: get the file again or correct it"
         ) from error
 
 
@@ -263,6 +275,6 @@ def load_vae(folder: ModelFolder, device: torch.device | str = "cpu") -> Any | N
         return AutoencoderKL.from_pretrained(path).eval().to(device)
     except Exception as error:  # whatever comes out of a loader that does not expect these files
         raise CheckpointError(
-            f"{path}: found an autoencoder that cannot be loaded ({_reason(error)}), needed an AutoencoderKL folder. "
+            f"{path}: found an autoencoder that cannot be loaded ({reason_of(error)}), needed an AutoencoderKL folder. "
             "Fix: get the folder again"
         ) from error

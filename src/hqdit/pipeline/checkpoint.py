@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import hqdit
 from hqdit.errors import CheckpointError, UsageError
 from hqdit.layers.linear import HQLinear
+from hqdit.layers.matrix_layers import is_matrix_layer, matrix_shape
+from hqdit.layers.pointwise_conv import quantized_class
 from hqdit.models.adapter import adapter_for
 from hqdit.models.source import CONFIG_NAME, ModelFolder, build_skeleton, find_model, load_float_transformer
 from hqdit.models.weights import (
@@ -214,7 +216,8 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
     model = build_skeleton(folder, is_empty=True)
     for name, spec in specs.items():
         _require_same_shape(model, name, spec, where)
-        model.set_submodule(name, HQLinear(spec, bias=has_bias[name], device="meta").eval())
+        layer_class = quantized_class(model.get_submodule(name))
+        model.set_submodule(name, layer_class(spec, bias=has_bias[name], device="meta").eval())
     tensors = read_weights(where)
     for alias, stored in shared.items():
         if alias in tensors or stored not in tensors:
@@ -270,18 +273,19 @@ def _require_facts(name: str, facts: dict[str, Any]) -> None:
 
 def _require_same_shape(model: nn.Module, name: str, spec: LinearSpec, where: Path) -> None:
     try:
-        linear = model.get_submodule(name)
+        layer = model.get_submodule(name)
     except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear):
+        layer = None
+    if layer is None or not is_matrix_layer(layer):
         raise CheckpointError(
             f"{where / CONFIG_NAME}: found the layer {name!r} in quantization_config, which is no linear layer of this "
             "model, needed one that is. Fix: quantize the model again"
         )
-    if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
+    in_features, out_features = matrix_shape(layer)
+    if (in_features, out_features) != (spec.in_features, spec.out_features):
         raise CheckpointError(
             f"{where / CONFIG_NAME}: found {spec.in_features} -> {spec.out_features} for layer {name} in "
-            f"quantization_config, needed {linear.in_features} -> {linear.out_features} as in the model. "
+            f"quantization_config, needed {in_features} -> {out_features} as in the model. "
             "Fix: quantize the model again"
         )
 

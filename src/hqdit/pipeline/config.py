@@ -45,6 +45,7 @@ class QuantizationConfig:
         low_rank: rank of SVDQuant's 16-bit branch beside every quantized weight; 0 for none.
         format_search: formats and scales by LLM-FP4's search on the layer's output, instead of the statistic and the
             scale rule; the search finds scales per output channel, and static ones per input channel.
+        modulation: quantize the layers that compute shifts, scales and gates from the conditioning, too.
         include: name patterns (fnmatch) of the layers to quantize, among the linear layers of the blocks.
         exclude: name patterns of the layers to leave alone.
         keep_dtype: dtype that unquantized tensors are stored in; None keeps the source's.
@@ -69,6 +70,7 @@ class QuantizationConfig:
     smoothing: float | None = None
     low_rank: int = 0
     format_search: bool = False
+    modulation: bool = True
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     keep_dtype: str | None = None
@@ -248,12 +250,12 @@ class QuantizationConfig:
 
 
 #: Settings that came after format version 1: files that do not use them are what an older release reads.
-_ADDED: dict[str, Any] = {"smoothing": None, "low_rank": 0, "format_search": False}
+_ADDED: dict[str, Any] = {"smoothing": None, "low_rank": 0, "format_search": False, "modulation": True}
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("weights", "activations", "weight_granularity", "activation_granularity", "rotation"), (str,)),
     **dict.fromkeys(("format_granularity", "scale_rule"), (str,)),
-    **dict.fromkeys(("fold_value_rotation", "gptq", "act_order", "format_search"), (bool,)),
+    **dict.fromkeys(("fold_value_rotation", "gptq", "act_order", "format_search", "modulation"), (bool,)),
     **dict.fromkeys(("include", "exclude"), (tuple,)),
     "group_size": (int, type(None)),
     "keep_dtype": (str, type(None)),

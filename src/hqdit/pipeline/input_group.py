@@ -15,7 +15,8 @@ from hqdit.formats.number_format import NumberFormat
 from hqdit.gptq.hessian import HessianAccumulator
 from hqdit.gptq.solver import gptq_quantize
 from hqdit.kernels.activation import quantize_activation
-from hqdit.layers.linear import HQLinear
+from hqdit.layers.matrix_layers import weight_matrix
+from hqdit.layers.pointwise_conv import quantized_class
 from hqdit.pipeline.config import SAME_AS_WEIGHTS, QuantizationConfig
 from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan
 from hqdit.pipeline.record import QuantizationRecord
@@ -109,9 +110,8 @@ class InputGroup:
             self._replace(layer, choice, hessian, record)
 
     def _prepared(self, layer: PlannedLayer, plan: QuantizationPlan) -> _Layer:
-        linear = self._model.get_submodule(layer.site.name)
-        assert isinstance(linear, nn.Linear)  # the plan holds nothing else
-        weight, bias = weight_to_rotate(layer, plan, linear, self._config.seed)
+        float_layer = self._model.get_submodule(layer.site.name)
+        weight, bias = weight_to_rotate(layer, plan, float_layer, self._config.seed)
         if self._applied_scale is not None:
             weight = weight / self._applied_scale
         branch = None
@@ -235,13 +235,14 @@ class InputGroup:
         spec = LinearSpec(
             site.name, planned.in_features, planned.out_features, weight_spec, choice.activation, planned.rotation
         )
-        source = self._model.get_submodule(site.name).get_parameter("weight")
+        float_layer = self._model.get_submodule(site.name)
+        source = weight_matrix(float_layer)
         zeros = {
             "zero_output_channels": int((source == 0).all(dim=1).sum()),
             "zero_input_channels": int((source == 0).all(dim=0).sum()),
         }
         quantized, outcome = _quantize_weight(layer, hessian, spec, format_index, self._config)
-        replacement = HQLinear.from_quantized(
+        replacement = quantized_class(float_layer).from_quantized(
             spec,
             quantized,
             None if layer.bias is None else layer.bias.to(torch.float32),

@@ -9,6 +9,7 @@ from torch import nn
 
 from hqdit.errors import UsageError
 from hqdit.layers.linear import HQLinear
+from hqdit.layers.matrix_layers import is_matrix_layer, matrix_shape
 from hqdit.models.adapter import LinearSite, adapter_for
 from hqdit.pipeline.config import SELECT_FP4, QuantizationConfig
 from hqdit.quantizers.spec import ActivationSpec, LinearSpec, WeightSpec, require_group_size
@@ -77,21 +78,26 @@ def _smoothing_place(site: LinearSite, modulated: list[str], config: Quantizatio
     return "folded" if site.input_group in modulated or site.value_site is not None else "applied"
 
 
-def _draft(
-    name: str, linear: nn.Linear, rotation: RotationSpec, smoothing: str, config: QuantizationConfig
-) -> LinearSpec:
+def _reason(site: LinearSite, config: QuantizationConfig) -> str:
+    is_switched_off = site.is_modulation and not config.modulation
+    return "modulation, which stays as it is without --modulation" if is_switched_off else "excluded by name"
+
+
+def _draft(layer: PlannedLayer, config: QuantizationConfig) -> LinearSpec:
     """The layer's specification with the first candidate formats, which finds every fault that needs no data."""
     weight_groups, activation_groups = (
         config.group_size if granularity == "group" else None
         for granularity in (config.weight_granularity, config.activation_granularity)
     )
     return LinearSpec(
-        name,
-        linear.in_features,
-        linear.out_features,
+        layer.site.name,
+        layer.in_features,
+        layer.out_features,
         WeightSpec(config.weight_candidates[:1], config.weight_granularity, weight_groups, config.low_rank),
-        ActivationSpec(config.activation_candidates[0], config.activation_granularity, activation_groups, smoothing),
-        rotation,
+        ActivationSpec(
+            config.activation_candidates[0], config.activation_granularity, activation_groups, layer.smoothing
+        ),
+        layer.rotation,
     )
 
 
@@ -109,6 +115,8 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
     chosen = _matching(config.include, names, "--include")
     if config.exclude:
         chosen -= _matching(config.exclude, names, "--exclude")
+    if not config.modulation:
+        chosen -= {site.name for site in sites if site.is_modulation}
     if not chosen:
         raise UsageError(
             "--exclude: found patterns that leave no layer, needed at least one. Fix: exclude fewer layers"
@@ -118,18 +126,19 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
     for site in sites:
         if site.name not in chosen:
             continue
-        linear = model.get_submodule(site.name)
-        if not isinstance(linear, nn.Linear) or isinstance(linear, HQLinear):
+        layer = model.get_submodule(site.name)
+        if not is_matrix_layer(layer) or isinstance(layer, HQLinear):
             raise UsageError(
-                f"{site.name}: found {type(linear).__name__}, needed a float linear layer. "
-                "Fix: start from a float model"
+                f"{site.name}: found {type(layer).__name__}, needed a float linear layer. Fix: start from a float model"
             )
+        in_features, out_features = matrix_shape(layer)
         folds = config.fold_value_rotation and site.head_dim is not None and site.value_site in chosen
-        rotation = plan_rotation(config.rotation, linear.in_features, site.name, site.head_dim if folds else None)
+        rotation = plan_rotation(config.rotation, in_features, site.name, site.head_dim if folds else None)
         if config.group_size is not None:
-            require_group_size(config.group_size, linear.in_features, f"--group-size for {site.name}")
+            require_group_size(config.group_size, in_features, f"--group-size for {site.name}")
         smoothing = _smoothing_place(site, modulated, config)
-        _draft(site.name, linear, rotation, smoothing, config)
-        layers.append(PlannedLayer(site, linear.in_features, linear.out_features, rotation, _policy(config), smoothing))
-    skipped = {name: "excluded by name" for name in names if name not in chosen}
+        planned = PlannedLayer(site, in_features, out_features, rotation, _policy(config), smoothing)
+        _draft(planned, config)
+        layers.append(planned)
+    skipped = {site.name: _reason(site, config) for site in sites if site.name not in chosen}
     return QuantizationPlan(tuple(layers), skipped | adapter.kept_layers(model))

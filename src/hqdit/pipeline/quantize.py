@@ -7,8 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from hqdit.calibration.capture import BlockStream
-from hqdit.calibration.samples import CalibrationSet
+from hqdit.calibration.capture import BlockStream, CalibrationData
 from hqdit.errors import CheckpointError, NumericsError, UsageError
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import adapter_for
@@ -23,7 +22,7 @@ from hqdit.progress import track
 
 @torch.no_grad()
 def quantize(
-    model: nn.Module, config: QuantizationConfig | None = None, calibration: CalibrationSet | None = None
+    model: nn.Module, config: QuantizationConfig | None = None, calibration: CalibrationData | None = None
 ) -> nn.Module:
     """Replace the model's linear layers by quantized ones, block by block.
 
@@ -31,7 +30,8 @@ def quantize(
         model: a float32 model with an adapter, in evaluation mode; changed in place. If an error is raised in the
             middle, the model is left partly quantized: load it again.
         config: the request; None is the preset "hqdit".
-        calibration: needed if `config.needs_calibration`, otherwise ignored.
+        calibration: needed if `config.needs_calibration`, otherwise ignored: a `CalibrationSet` for models on latents,
+            time step and class, or `RecordedCalls` for any model.
 
     Returns:
         `model`, with a `QuantizationRecord` as its attribute `quantization_record`.
@@ -53,18 +53,17 @@ def quantize(
         )
     if config.needs_calibration and calibration is None:
         raise UsageError(
-            "quantize: found no calibration data, needed a CalibrationSet for GPTQ, smoothing or static scales. "
-            "Fix: pass CalibrationSet.from_sampler(model, scheduler), or use gptq=False with dynamic scales"
+            "quantize: found no calibration data, needed some for GPTQ, smoothing or static scales. Fix: pass "
+            "CalibrationSet.from_sampler(model, scheduler), or RecordedCalls.from_pipeline(pipeline, inputs) for a "
+            "model with prompts, or use gptq=False with dynamic scales"
         )
     record = QuantizationRecord(config, parameters=sum(p.numel() for p in model.parameters()))
     input_scales: dict[str, Tensor] = {}
     if config.smoothing is not None and calibration is not None:
-        unsmoothed = BlockStream(model, calibration, config.seed)
-        input_scales = smooth_model(model, plan, unsmoothed, config.smoothing, config.seed)
-        del unsmoothed  # its hidden states
+        input_scales = smooth_model(model, plan, calibration, config.smoothing, config.seed)
     record.dtypes = _storage_dtypes(model, config)
     if any(not layer.rotation.is_identity for layer in plan.layers):
-        record.rotation_error = require_rotation_is_exact(model, plan, config.seed)
+        record.rotation_error = require_rotation_is_exact(model, plan, config.seed, calibration)
     stream = None
     if config.needs_calibration and calibration is not None:
         stream = BlockStream(model, calibration, config.seed)

@@ -17,19 +17,20 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from hqdit.calibration.capture import BlockStream
+from hqdit.calibration.capture import BlockStream, CalibrationData
 from hqdit.errors import NumericsError
+from hqdit.layers.matrix_layers import weight_matrix
 from hqdit.models.adapter import LinearSite, adapter_for
 from hqdit.numerics.error import relative_error
 from hqdit.pipeline.checkpoint import quantized_layers
 from hqdit.pipeline.plan import QuantizationPlan
-from hqdit.pipeline.rotation_check import TOLERANCE, probe_inputs
+from hqdit.pipeline.rotation_check import TOLERANCE, probe_call
 from hqdit.quantizers.smoothing import smoothing_factors
 
 
 @torch.no_grad()
 def smooth_model(
-    model: nn.Module, plan: QuantizationPlan, stream: BlockStream, alpha: float, seed: int
+    model: nn.Module, plan: QuantizationPlan, calibration: CalibrationData, alpha: float, seed: int
 ) -> dict[str, Tensor]:
     """Fold smoothing factors into a float model wherever the plan says so; the model's function stays.
 
@@ -38,7 +39,7 @@ def smooth_model(
     Args:
         model: float32, changed in place.
         plan: the layers that will be quantized, with their places; the factors look at these layers.
-        stream: at the first block; used up.
+        calibration: inputs of the float model.
         alpha: as in `quantizers.smoothing.smoothing_factors`.
         seed: of the inputs on which the function is checked.
 
@@ -50,8 +51,10 @@ def smooth_model(
         NumericsError: calibration inputs that are not finite, or a fold that changed the model's function.
     """
     adapter = adapter_for(model)
-    probes = probe_inputs(model, seed, "smoothing check")
-    exact = adapter.predict_noise(model, *probes)
+    stream = BlockStream(model, calibration, seed)
+    probes = probe_call(model, seed, "smoothing check", calibration)
+    assert probes is not None  # there is calibration data
+    exact = probes.output(model)
     modulated = set(adapter.modulated_groups(model))
     scales: dict[str, Tensor] = {}
     for block in range(len(adapter.blocks(model))):
@@ -69,7 +72,7 @@ def smooth_model(
             else:
                 _scale_value_channels(model, sites, scales[group])
         stream.advance(block)
-    _require_same_function(exact, adapter.predict_noise(model, *probes))
+    _require_same_function(exact, probes.output(model))
     return scales
 
 
@@ -108,7 +111,7 @@ def smoothed_twin(exact: nn.Module, quantized: nn.Module) -> nn.Module:
 
 def _input_scale(model: nn.Module, readers: list[LinearSite], stream: BlockStream, alpha: float) -> Tensor:
     """1 / s of one input, float32 (in_features,)."""
-    weights = torch.cat([model.get_submodule(site.name).get_parameter("weight") for site in readers])
+    weights = torch.cat([weight_matrix(model.get_submodule(site.name)) for site in readers])
     largest = torch.zeros(weights.shape[1], dtype=torch.float64, device=weights.device)
 
     def collect(x: Tensor) -> None:

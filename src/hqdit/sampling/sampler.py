@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hqdit.errors import CheckpointError, NumericsError, UsageError
-from hqdit.models.adapter import adapter_for
+from hqdit.models.adapter import class_conditional_adapter
 from hqdit.progress import track
 from hqdit.sampling.noise import SAMPLE, starting_noise
 
@@ -71,7 +71,7 @@ def require_deterministic(scheduler: Any) -> None:
 
 def require_classes(classes: list[int], model: nn.Module) -> None:
     """Raise `UsageError` for a class that the model does not have."""
-    count = adapter_for(model).num_classes(model)
+    count = class_conditional_adapter(model).num_classes(model)
     for label in classes:
         if not 0 <= label < count:
             raise UsageError(f"--classes: found {label}, needed a number from 0 to {count - 1}. Fix: pick such a class")
@@ -79,7 +79,7 @@ def require_classes(classes: list[int], model: nn.Module) -> None:
 
 def require_guidance(model: nn.Module, guidance: float) -> None:
     """Raise `UsageError` for guidance on a model without a null class."""
-    if guidance != 1.0 and adapter_for(model).null_class(model) is None:
+    if guidance != 1.0 and class_conditional_adapter(model).null_class(model) is None:
         raise UsageError(
             f"--guidance: found {guidance} for a model without a null class, needed 1.0. Fix: pass --guidance 1.0"
         )
@@ -100,7 +100,7 @@ def predict_branches(
     Raises:
         UsageError: guidance other than 1.0 on a model without a null class.
     """
-    adapter = adapter_for(model)
+    adapter = class_conditional_adapter(model)
     if guidance == 1.0:
         return adapter.predict_noise(model, latents, timesteps, classes), None
     require_guidance(model, guidance)
@@ -214,7 +214,7 @@ def generate_images(
         )
     require_classes(list(classes), model)
     device = next(model.parameters()).device
-    shape = adapter_for(model).latent_shape(model)
+    shape = class_conditional_adapter(model).latent_shape(model)
     images = []
     starts = range(0, len(classes), batch_size)
     for number, start in enumerate(starts):
