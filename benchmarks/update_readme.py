@@ -30,7 +30,8 @@ def methods_table(record: dict[str, Any]) -> str:
     for model, table in tables.items():
         column = [column["title"] for column in table["columns"]].index("W4A4")
         for row in table["rows"]:
-            found.setdefault(row[0], {})[model] = f"{row[column]['value']:.1f}"
+            cell = row[column]
+            found.setdefault(row[0], {})[model] = "exact" if cell == "inf" else f"{cell['value']:.1f}"
     lines = ["| W4A4, SQNR in dB | " + " | ".join(tables) + " |", "| --- |" + " ---: |" * len(tables)]
     lines += [
         f"| {method} | " + " | ".join(values[model] for model in tables) + " |" for method, values in found.items()

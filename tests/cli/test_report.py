@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Hqdit, Models, tree
 
-from hqdit.records.run_record import RECORD_NAME, Heatmap, RunRecord, read_run_records
+from hqdit.records.run_record import RECORD_NAME, Heatmap, RunRecord
+from hqdit.records.run_record_reader import read_run_records
 
 FEW = ("--steps", 8, "--quiet")
 

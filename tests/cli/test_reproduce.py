@@ -10,8 +10,9 @@ import pytest
 
 from hqdit.cli.main import run
 from hqdit.experiments import runner
-from hqdit.records.run_record import RECORD_NAME, Column, RunRecord, Series, Table, read_run_records
+from hqdit.records.run_record import RECORD_NAME, Column, RunRecord, Series, Table
 from hqdit.records.run_record import Lines as LineFigure
+from hqdit.records.run_record_reader import read_run_records
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from hqdit.experiments.laboratory import Laboratory
 from hqdit.experiments.subjects import Subject
 from hqdit.models.outliers import inject_outliers
 from hqdit.records.run_record import RunRecord
+from hqdit.records.run_record_reader import run_record_from_json
 from hqdit.sampling.sampler import SamplingConfig
 
 
@@ -78,6 +79,6 @@ def require_whole():
         assert record.answers and all(answer.endswith(".") for answer in record.answers)
         assert record.tables and record.figures and all(table.rows for table in record.tables)
         values = json.loads(json.dumps(record.to_json()))
-        assert RunRecord.from_json(values, "record.json").to_json() == record.to_json()
+        assert run_record_from_json(values, "record.json").to_json() == record.to_json()
 
     return check

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from operator import methodcaller
 
 import pytest
 import torch
 
 from hqdit.experiments import alpha
 from hqdit.experiments.alpha import chosen_formats, weight_facts
+from hqdit.experiments.image_scores import FLOAT32
+from hqdit.experiments.noise_floor import FLOOR
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
 
@@ -63,14 +66,15 @@ def test_the_record(lab, tiny_subject, monkeypatch, require_whole):
         (word, value) for word in ("rotated", "not rotated") for value in alpha.QUICK_ALPHAS
     ]
     assert images.rows[0][0] == "float32"
-    for of_weights, of_model in zip(weights.rows, fidelity.rows, strict=True):
+    assert [row[0] for row in fidelity.rows[:2]] == [FLOAT32, FLOOR]
+    for of_weights, of_model in zip(weights.rows, fidelity.rows[2:], strict=True):
         assert of_weights[:2] == of_model[:2]
         assert sum(of_weights[3:6]) == pytest.approx(1.0)
         assert (of_model[4] is None) == (of_model[1] == alpha.DEFAULT)
     # What is called one choice has one row of results and one row of images.
     choices = {(row[0], row[2]): row[3:] for row in weights.rows}
     assert all(choices[row[0], row[2]] == row[3:] for row in weights.rows)
-    assert len(images.rows) == len(choices) + 2  # float32 from two seeds
+    assert len(images.rows) == len(choices) + 3  # float32 from three seeds
 
 
 def test_alphas_with_equal_formats_are_measured_once(lab, tiny_subject, monkeypatch):
@@ -82,9 +86,17 @@ def test_alphas_with_equal_formats_are_measured_once(lab, tiny_subject, monkeypa
         return score(subject, config)
 
     monkeypatch.setattr(lab, "score", counted)
-    sweep = alpha._sweep(lab, tiny_subject, "full", (0.24, 0.25, 0.26))
+    choices = alpha._choices(lab, tiny_subject, "full", (0.24, 0.25, 0.26))
+    sweep = alpha._sweep(lab, tiny_subject, choices)
     assert list(sweep) == [0.24, 0.25, 0.26]
-    assert asked[0] == alpha.DEFAULT and len(asked) == len(alpha._alike(sweep))
+    assert alpha.DEFAULT in asked and len(asked) == len(alpha._alike(sweep)) == len(alpha._alike(choices))
+    prepared = []
+    monkeypatch.setattr(type(lab), "prepare", lambda _lab, jobs, what: prepared.extend(jobs))
+    alpha._prepare(lab, tiny_subject, {"full": choices})
+    asked.clear()
+    for job in (job for job in prepared if isinstance(job, methodcaller)):
+        job(lab)
+    assert len(asked) == len(set(asked)) == len(alpha._alike(choices))
 
 
 @pytest.fixture

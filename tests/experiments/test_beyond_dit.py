@@ -50,7 +50,8 @@ from hqdit.experiments.small_networks.training import (
 from hqdit.formats.catalog import E2M1, FP4_FORMATS
 from hqdit.kernels.selection import use_backend
 from hqdit.pipeline.checkpoint import quantized_layers
-from hqdit.records.run_record import Interval, RunRecord
+from hqdit.records.run_record import Interval
+from hqdit.records.run_record_reader import run_record_from_json
 from hqdit.transforms.hadamard import hadamard_matrix
 from hqdit.transforms.rotation import plan_rotation, random_signs
 
@@ -482,7 +483,7 @@ def test_the_record_is_complete_survives_json_and_is_taken_from_the_cache_again(
     lab = Laboratory(ResultCache(tmp_path / "cache"), tmp_path, tell=lambda _text: None)
     recipes = tuple(dataclasses.replace(recipe, steps=4) for recipe in TINY.values())
     record = study(lab, recipes, (1.0,), seeds=2)
-    assert RunRecord.from_json(json.loads(json.dumps(record.to_json())), "here").to_json() == record.to_json()
+    assert run_record_from_json(json.loads(json.dumps(record.to_json())), "here").to_json() == record.to_json()
     titles = [table.title for table in record.tables]
     assert titles[0] == "The networks" and len(titles) == 2 + 2 * len(KINDS) == 1 + len(set(titles[1:]))
     for kind in KINDS:

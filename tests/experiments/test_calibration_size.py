@@ -13,6 +13,8 @@ from tiny import CLASSES, calibration, tiny_dit
 from hqdit.experiments import calibration_size
 from hqdit.experiments.calibration_size import layer_sqnr
 from hqdit.experiments.gptq_blocks import OVER_LAYERS
+from hqdit.experiments.image_scores import FLOAT32
+from hqdit.experiments.noise_floor import FLOOR
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
 
@@ -47,7 +49,13 @@ def record(lab, tiny_subject):
 def test_the_record(record, require_whole):
     require_whole(record, "calibration")
     sizes, blocks = record.tables
-    assert [row[:2] for row in sizes.rows] == [("nearest", None), ("gptq", 4), ("gptq", 48)]
+    assert [row[:2] for row in sizes.rows] == [
+        (FLOAT32, None),
+        (FLOOR, None),
+        ("nearest", None),
+        ("gptq", 4),
+        ("gptq", 48),
+    ]
     assert [row[0] for row in blocks.rows] == ["1", "128", "4096"]
     assert {column.interval for column in sizes.columns[6:]} == {OVER_LAYERS}
     assert {column.interval for column in blocks.columns if column.title.startswith("Gain")} == {OVER_LAYERS}
@@ -55,7 +63,7 @@ def test_the_record(record, require_whole):
 
 
 def test_few_samples_are_overfitted_and_rounding_to_nearest_is_not(record):
-    few, many = record.tables[0].rows[1:]
+    few, many = record.tables[0].rows[3:]
     gap, of_nearest, net = (tuple(row[k].value for row in (few, many)) for k in (6, 7, 8))
     assert net[0] > net[1] > 0 and gap[0] > abs(of_nearest[0])
     assert net == pytest.approx([mine - other for mine, other in zip(gap, of_nearest, strict=True)])
@@ -67,7 +75,7 @@ def test_the_control_rounds_to_nearest_on_the_samples_that_gptq_sees(lab, tiny_s
         fmean(layer_sqnr(tiny_subject.model, model, lab.calibration(tiny_subject, count, seed), seed).values())
         for count, seed in ((4, lab.seed), (24, lab.seed + 1))
     ]
-    assert record.tables[0].rows[1][7].value == pytest.approx(sides[0] - sides[1])
+    assert record.tables[0].rows[3][7].value == pytest.approx(sides[0] - sides[1])
 
 
 def of_size(*dbs):

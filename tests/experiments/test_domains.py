@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from hqdit.experiments import domains
 from hqdit.experiments.domains import GRID, JUDGED, grid, ranks, spearman
+from hqdit.experiments.image_scores import FLOAT32
+from hqdit.experiments.noise_floor import FLOOR
 
 SMALL = st.integers(-3, 3).map(float)  # few values, so that ties are common
 
@@ -107,10 +109,12 @@ def test_the_record(lab, tiny_subject, other_subject, monkeypatch, require_whole
     require_whole(record, "domains")
     carried, effects, everything = record.tables
     assert [row[:2] for row in carried.rows] == [(tiny_subject.name, "other"), ("other", tiny_subject.name)]
-    assert len(everything.rows) == len(grid(is_quick=True)) == 4
+    assert [row[0] for row in everything.rows[:2]] == [FLOAT32, FLOOR]
+    settings = everything.rows[2:]
+    assert len(settings) == len(grid(is_quick=True)) == 4
     assert len(effects.rows) == 3
     for row in carried.rows:
         assert row[6].value >= 0  # nothing is better than the own best
-    columns = np.array([[row[1].value, row[2].value] for row in everything.rows])
+    columns = np.array([[row[1].value, row[2].value] for row in settings])
     expected = scipy.stats.spearmanr(columns[:, 0], columns[:, 1]).statistic
     assert record.measurements["spearman"][0] == pytest.approx(expected)

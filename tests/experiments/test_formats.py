@@ -15,6 +15,8 @@ from hqdit.experiments.formats import (
     rounding_errors,
     rule_against_best,
 )
+from hqdit.experiments.image_scores import FLOAT32
+from hqdit.experiments.noise_floor import FLOOR
 from hqdit.quantizers.format_selection import range_statistic
 
 LEVELS = {"e3m0": [0, 1, 2, 4, 8, 16, 32, 64], "e2m1": [0, 1, 2, 3, 4, 6, 8, 12], "e1m2": list(range(8))}
@@ -86,16 +88,18 @@ def test_the_record(lab, tiny_subject, monkeypatch, require_whole):
     record = formats.run(lab)
     require_whole(record, "formats")
     table, picks = record.tables
-    assert [(row[0], row[1]) for row in table.rows] == [
+    assert [row[1] for row in table.rows[:2]] == [FLOAT32, FLOOR]
+    methods = table.rows[2:]
+    assert [(row[0], row[1]) for row in methods] == [
         (word, name) for word in ("rotated", "not rotated") for name in (PER_LAYER, PER_CHANNEL, *FIXED)
     ]
-    for row in table.rows:
+    for row in methods:
         shares = row[5:]
         assert sum(shares) == pytest.approx(1.0)
         if row[1] in FIXED:
             assert shares[FIXED.index(row[1])] == 1.0
         assert (row[4] is None) == (row[1] == PER_LAYER)
-    for rotated in (table.rows[:6], table.rows[6:]):
+    for rotated in (methods[:6], methods[6:]):
         by_name = {row[1]: row for row in rotated}
         assert by_name["int4"][2:5] == by_name["e1m2"][2:5]  # the same numbers, -8 is never reached
     for row in picks.rows:

@@ -15,7 +15,9 @@ from hqdit.errors import UsageError
 from hqdit.experiments import hadamard_cost
 from hqdit.experiments.cache import ResultCache
 from hqdit.experiments.hadamard_cost import geometry_of, study
+from hqdit.experiments.image_scores import FLOAT32
 from hqdit.experiments.laboratory import Laboratory
+from hqdit.experiments.noise_floor import FLOOR
 from hqdit.experiments.rotation_cost import (
     GEOMETRIES,
     XL,
@@ -30,7 +32,8 @@ from hqdit.experiments.rotation_cost import (
 from hqdit.experiments.subjects import Subject
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import plan_quantization
-from hqdit.records.run_record import Interval, RunRecord
+from hqdit.records.run_record import Interval
+from hqdit.records.run_record_reader import run_record_from_json
 from hqdit.transforms.hadamard import hadamard_factors, hadamard_matrix, paley_matrix
 from hqdit.transforms.rotation import RotationSpec, plan_rotation
 
@@ -182,6 +185,12 @@ def laboratory(tmp_path: Path, **options: Any) -> ScriptedLaboratory:
     return ScriptedLaboratory(ResultCache(tmp_path / "cache"), tmp_path, tell=lambda _text: None, **options)
 
 
+@pytest.fixture(autouse=True)
+def scripted_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    floor = {"mean_layer_sqnr_db": -2.0, "eps_sqnr_db": {"guided 1.5": [-3.0, -3.5, -2.5]}}
+    monkeypatch.setattr(hadamard_cost, "noise_floor", lambda _lab, _subject: floor)
+
+
 SUBJECTS = (Subject("digits"), Subject("digits", 10.0))
 SCRIPTED = {"none": 0.010, "block:16": 0.011, "full": 0.015}
 
@@ -189,7 +198,7 @@ SCRIPTED = {"none": 0.010, "block:16": 0.011, "full": 0.015}
 @pytest.mark.parametrize("is_quick", [True, False])
 def test_the_record_is_complete_and_survives_json(tmp_path: Path, is_quick: bool) -> None:
     record = study(laboratory(tmp_path, is_quick=is_quick), timing(SCRIPTED, 0.040), SUBJECTS)
-    again = RunRecord.from_json(json.loads(json.dumps(record.to_json())), "here")
+    again = run_record_from_json(json.loads(json.dumps(record.to_json())), "here")
     assert again.to_json() == record.to_json()
     assert [table.title for table in record.tables] == [
         "Operations of one token in one block",
@@ -199,10 +208,10 @@ def test_the_record_is_complete_and_survives_json(tmp_path: Path, is_quick: bool
     ]
     gains = record.tables[2]
     expected = ["none", "block:16", "full"] if is_quick else ["none", "block:16", "block:36", "block:72", "full"]
-    assert [row[0] for row in gains.rows] == expected
+    assert [row[0] for row in gains.rows] == [FLOAT32, FLOOR, *expected]
     gain = gains.rows[-1][-1]
     assert isinstance(gain, Interval) and (gain.low, gain.value, gain.high) == pytest.approx((1.0, 1.0, 1.0))
-    assert gains.rows[0][-1] is None
+    assert gains.rows[2][-1] is None
     assert len({column.title for column in gains.columns}) == len(gains.columns)
     assert gains.rows[-1][1] == pytest.approx(100 * 40464 / 497664)
     assert len(record.figures) == 2 and len(record.answers) == 2 + len(SUBJECTS)

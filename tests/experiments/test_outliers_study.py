@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hqdit.analysis.activations import activation_statistics
 from hqdit.experiments import outliers
 from hqdit.experiments.outliers import left_after_rotation_db
+from hqdit.records.run_record import Heatmap, Histogram
 
 MAGNITUDE = st.floats(0.01, 100.0)
 
@@ -47,7 +48,7 @@ def test_the_record(record, require_whole):
     require_whole(record, "outliers")
     assert [row[0] for row in record.tables[0].rows] == ["modulation", "q, k, v", "attention-out", "fc1", "fc2"]
     assert all(row[1] == 2 for row in record.tables[0].rows)  # blocks
-    assert len(record.tables) == 2 and len(record.figures) == 2 * 6
+    assert len(record.tables) == 2 and len(record.figures) == 2 * (5 + 2 + 1 + 2 + 4)
 
 
 def test_medians_come_with_their_range_over_blocks(record):
@@ -74,7 +75,7 @@ def test_moments_by_layer_and_time_step_are_in_the_record(record, lab, tiny_subj
             assert numbers["kurtosis_by_timestep"] == pytest.approx(found.by_timestep.kurtosis, rel=1e-4)
             assert numbers["channel_absmax_by_timestep"] == pytest.approx(found.by_timestep.absmax, rel=1e-4)
             assert max(numbers["channel_absmax"]) == max(numbers["channel_absmax_by_timestep"])
-    maps = [figure for figure in record.figures if isinstance(figure, outliers.Heatmap)]
+    maps = [figure for figure in record.figures if isinstance(figure, Heatmap) and figure.y_label == "input"]
     assert [figure.title.split(",")[0] for figure in maps[:4]] == [
         f"{moment} {side} the rotation" for moment in ("Kurtosis", "Skewness") for side in ("before", "after")
     ]
@@ -86,8 +87,14 @@ def test_moments_by_layer_and_time_step_are_in_the_record(record, lab, tiny_subj
 def test_moments_of_equal_numbers_are_none():
     side = {"kurtosis_by_timestep": [math.nan, 3.0], "max_over_median": math.inf}
     entry = {"input": "i", "layers": ["l"], "left_db": 1.23456789, "before": side, "after": side}
+    entry["histogram"] = {"end": 4.0, "before": [0.123456789, 0.0], "after": [0.0, 1.0]}
     found = outliers._numbers(entry)
-    assert found["before"] == {"kurtosis_by_timestep": [None, 3.0], "max_over_median": math.inf}
+    assert found["before"] == {
+        "kurtosis_by_timestep": [None, 3.0],
+        "max_over_median": math.inf,
+        "density": [0.12346, 0.0],
+    }
+    assert found["histogram_end"] == 4.0
     assert found["left_db"] == 1.2346
 
 
@@ -105,10 +112,45 @@ def test_injected_outliers_are_seen_and_rotated_away_but_stay_in_the_weights(rec
 
 
 def test_histograms_are_densities(record):
-    for figure in (figure for figure in record.figures if isinstance(figure, outliers.Histogram)):
+    for figure in (figure for figure in record.figures if isinstance(figure, Histogram)):
         width = figure.edges[1] - figure.edges[0]
         for series in figure.series:
             assert sum(series.y) * width == pytest.approx(1.0)
+
+
+def test_every_input_has_a_histogram_in_the_record(record, lab, tiny_subject):
+    statistics = activation_statistics(tiny_subject.model, lab.inputs(tiny_subject), outliers.CONFIG)
+    for entry in record.measurements["digits"]["inputs"]:
+        overall = statistics[entry["layers"][0]].before.overall
+        end, densities = entry["histogram_end"], [entry[side]["density"] for side in ("before", "after")]
+        width = 2 * end / len(densities[0])
+        centres = (np.arange(len(densities[0])) + 0.5) * width - end
+        for density in densities:
+            # In units of the root mean square the mean of the squares is 1, before as after; bins are coarse.
+            assert (np.array(density) * width).sum() == pytest.approx(1.0, rel=1e-3)
+            assert (np.array(density) * width * centres**2).sum() == pytest.approx(1.0, abs=width)
+        assert end >= overall.absmax / np.sqrt(overall.mean_square)
+
+
+def test_histograms_and_channels_by_time_step(record, lab, tiny_subject):
+    timesteps = lab.inputs(tiny_subject).timesteps
+    by_step = [figure for figure in record.figures if "by time step" in figure.title]
+    assert len(by_step) == 2 * 2
+    for figure in by_step:
+        assert [series.name for series in figure.series] == [f"t = {timesteps[k]}" for k in (0, 4, 7)]
+    channels = [figure for figure in record.figures if isinstance(figure, Heatmap) and figure.y_label == "channel"]
+    assert len(channels) == 2 * 2
+    statistics = activation_statistics(tiny_subject.model, lab.inputs(tiny_subject), outliers.CONFIG)
+    inputs = {entry["input"]: entry for entry in record.measurements["digits"]["inputs"]}
+    (where,) = {name for name in inputs if channels[0].title.endswith(f"input of {name}")}
+    maxima = statistics[inputs[where]["layers"][0]].before.channel_absmax
+    for label, row in zip(channels[0].row_labels, channels[0].values, strict=True):
+        assert row == pytest.approx(maxima[:, int(label.removeprefix("channel "))])
+    assert max(channels[0].values[0]) == pytest.approx(maxima.max())
+
+
+def test_the_steps_that_are_shown():
+    assert [outliers.shown_steps(count) for count in (1, 2, 3, 20)] == [[0], [0, 1], [0, 1, 2], [0, 10, 19]]
 
 
 def test_the_answer_about_the_rotation_can_come_out_either_way():

@@ -12,7 +12,8 @@ from hqdit.errors import NumericsError
 from hqdit.experiments import runner
 from hqdit.experiments.laboratory import Laboratory
 from hqdit.experiments.runner import EXPERIMENTS, Entry, run_experiments
-from hqdit.records.run_record import Column, RunRecord, Table, read_run_records
+from hqdit.records.run_record import Column, RunRecord, Table
+from hqdit.records.run_record_reader import read_run_records
 
 
 @pytest.fixture

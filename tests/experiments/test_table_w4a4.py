@@ -10,7 +10,8 @@ from hqdit.evaluation.fidelity import psnr_db
 from hqdit.evaluation.frechet import GaussianStatistics, frechet_distance
 from hqdit.evaluation.surrogate import held_out_images
 from hqdit.experiments import table_w4a4
-from hqdit.experiments.image_scores import FLOAT32, OTHER_SEED, image_rows, image_table
+from hqdit.experiments.image_scores import FLOAT32, OTHER_SEED, OTHER_SEEDS, image_rows, image_table
+from hqdit.experiments.noise_floor import FLOOR
 from hqdit.experiments.table_w4a4 import METHODS, ORDERINGS, method_config
 from hqdit.pipeline.config import PRESETS, QuantizationConfig
 from hqdit.records.run_record import Interval
@@ -42,12 +43,32 @@ def score(error: float, pairs: int = 8) -> dict:
 )
 def test_verdicts_follow_the_numbers(monkeypatch, errors, verdict):
     monkeypatch.setattr(table_w4a4, "ORDERINGS", (("a", "b", "a is better than b"),))
-    scores = {}
+    draws = {}
     for name, (first, second) in zip(("x", "y"), errors, strict=True):
-        scores |= {(name, "W4A4", "a"): score(first), (name, "W4A4", "b"): score(second)}
-    (sentence,) = table_w4a4._orderings(["x", "y"], scores)
+        draws |= {(name, "a"): [score(first)], (name, "b"): [score(second)]}
+    (sentence,) = table_w4a4._orderings(["x", "y"], draws)
     assert sentence.startswith(f"A is better than b: {verdict}")
     assert f"x {10 * np.log10(errors[0][1] / errors[0][0]):+.2f} dB" in sentence
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict", "spread"),
+    [
+        ([1.0, 2.0], [4.0, 4.0], "holds (", "draws +3.01 to +6.02"),
+        ([1.0, 2.0], [4.0], "holds (", "draws +3.01 to +6.02"),
+        ([4.0], [1.0, 2.0], "does not hold (", "draws -6.02 to -3.01"),
+        # Pooled, it would hold; one draw says the opposite.
+        ([1.0, 5.0], [4.0, 4.0], "holds on 0 of 1 models, the opposite does on 0 (", "draws -0.97 to +6.02"),
+    ],
+)
+def test_a_verdict_needs_every_draw(monkeypatch, better, worse, verdict, spread):
+    monkeypatch.setattr(table_w4a4, "ORDERINGS", (("a", "b", "a is better than b"),))
+    draws = {("x", "a"): [score(error) for error in better], ("x", "b"): [score(error) for error in worse]}
+    (sentence,) = table_w4a4._orderings(["x"], draws)
+    assert sentence.startswith(f"A is better than b: {verdict}")
+    assert spread in sentence
+    gain = 10 * np.log10(np.mean(worse) / np.mean(better))
+    assert f"x {gain:+.2f} dB [" in sentence
 
 
 def test_the_record(lab, tiny_subject, loud_subject, monkeypatch, require_whole):
@@ -62,12 +83,13 @@ def test_the_record(lab, tiny_subject, loud_subject, monkeypatch, require_whole)
     titles = [table.title for table in record.tables]
     assert len(titles) == 2 * 3 + 2 + 2 and len(set(titles)) == len(titles)
     grid = record.tables[0]
-    assert [row[0] for row in grid.rows] == list(FEW)
-    assert all(isinstance(cell, Interval) for row in grid.rows for cell in row[1:])
+    assert [row[0] for row in grid.rows] == [FLOAT32, FLOOR, *FEW]
+    assert all(cell == np.inf for cell in grid.rows[0][1:])
+    assert all(isinstance(cell, Interval) for row in grid.rows[1:] for cell in row[1:])
     images = next(table for table in record.tables if table.title.startswith("Images"))
-    assert [row[0] for row in images.rows] == [FLOAT32, OTHER_SEED, *FEW]
+    assert [row[0] for row in images.rows] == [FLOAT32, *OTHER_SEEDS.values(), *FEW]
     assert {row[1] for row in images.rows} == {12}
-    assert len(record.images) == 8 and all((lab.images / grid.file).is_file() for grid in record.images)
+    assert len(record.images) == 10 and all((lab.images / grid.file).is_file() for grid in record.images)
 
 
 def test_scores_of_images_by_hand(lab, tiny_subject):
@@ -91,7 +113,7 @@ def test_scores_of_images_by_hand(lab, tiny_subject):
 
 def test_unconditional_images_have_no_class_to_be_right_about(lab, tiny_subject):
     rows, _ = image_rows(lab, tiny_subject, {}, SamplingConfig(3, 0.0), has_grids=False)
-    assert [row["accuracy"] for row in rows] == [None, None]
+    assert [row["accuracy"] for row in rows] == [None, None, None]
     table = image_table("t", rows, tiny_subject)
     accuracy = next(k for k, column in enumerate(table.columns) if column.title.startswith("Class accuracy"))
     assert {row[accuracy] for row in table.rows} == {None}

@@ -51,6 +51,16 @@ def test_every_level_every_tie_and_their_neighbours(name: str) -> None:
     assert rounded.tolist() == [float(grid[code]) for code in expected]
 
 
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=str)
+def test_random_bit_patterns_of_formats_beyond_int8(fmt: FloatFormat) -> None:
+    bits = np.random.default_rng(5).integers(-(2**31), 2**31, 200_000).astype(np.int32)
+    x = bits.view(np.float32)
+    x = x[~np.isnan(x)]
+    thresholds, levels = rounding.rung_tables(fmt, torch.device("cpu"))
+    expected = levels.numpy()[np.searchsorted(thresholds.numpy(), x, side="right")]
+    assert torch.equal(rounding.nearest_levels(torch.from_numpy(x), fmt), torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_bfloat16_is_rounded_to_the_nearest_level(name: str) -> None:
     fmt, x = format_from_json(name), every_bfloat16()

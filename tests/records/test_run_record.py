@@ -25,8 +25,8 @@ from hqdit.records.run_record import (
     RunRecord,
     Series,
     Table,
-    read_run_records,
 )
+from hqdit.records.run_record_reader import read_run_records, run_record_from_json
 
 POINTS = Series("s", (1.0, None, math.inf), (1.0, 2.0, 3.0), (0.0, None, 1.0), (2.0, None, 9.0))
 RECORD = RunRecord(
@@ -66,7 +66,7 @@ def stored(record: RunRecord = RECORD) -> dict[str, Any]:
 
 
 def test_a_record_survives_its_json() -> None:
-    assert RunRecord.from_json(stored(), "r") == RECORD
+    assert run_record_from_json(stored(), "r") == RECORD
 
 
 def test_a_nan_cannot_be_recorded() -> None:
@@ -150,14 +150,14 @@ def changed(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
 )
 def test_what_is_no_record_is_refused_in_one_line(values: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"^here/record\.json: found .*needed .*Fix: ") as error:
-        RunRecord.from_json(values, "here/record.json")
+        run_record_from_json(values, "here/record.json")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("column", [{}, {"unit": "dB"}])
 def test_a_column_without_optional_keys_has_its_defaults(column: dict[str, Any]) -> None:
     values = changed(lambda v: v["tables"][0].update(columns=[{"title": "a"}, {"title": "b", **column}]))
-    found = RunRecord.from_json(values, "r").tables[0].columns[1]
+    found = run_record_from_json(values, "r").tables[0].columns[1]
     assert found == Column("b", **column) and found.interval == "95 % confidence interval"
 
 
@@ -219,3 +219,13 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(CheckpointError, match=r"found no record\.json"):
             read_run_records(path)
+
+
+def test_the_text_has_a_line_for_each_list_of_numbers():
+    """Also where a text looks like one: line ends in it are escaped."""
+    answer = "found [\n 1,\n 2\n] dB"
+    record = dataclasses.replace(RECORD, answers=(answer,), measurements={"x": [1, -2.5, None, 1e-30], "none": []})
+    text = record.to_text()
+    assert json.loads(text) == json.loads(json.dumps(record.to_json()))
+    assert '"x": [1, -2.5, null, 1e-30]' in text
+    assert text.endswith("}\n")

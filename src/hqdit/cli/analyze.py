@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -97,7 +96,7 @@ def analyze(
                 environment={**describe_environment(), "backend": options.backend},
                 seconds=time.perf_counter() - start,
             )
-            (staged / RECORD_NAME).write_text(json.dumps(record.to_json(), indent=1) + "\n", encoding="utf-8")
+            (staged / RECORD_NAME).write_text(record.to_text(), encoding="utf-8")
             page = render_report([(staged, record)], f"hqdit analyze {model}")
             (staged / "report.html").write_text(page, encoding="utf-8")
         if not quiet:

@@ -22,7 +22,7 @@ def report(
 ) -> None:
     """Draw records of hqdit reproduce and hqdit analyze again, as one HTML page that needs nothing else."""
     from hqdit.pipeline.publish import publish_text
-    from hqdit.records.run_record import read_run_records
+    from hqdit.records.run_record_reader import read_run_records
     from hqdit.report.page import render_report
 
     require_page(out, overwrite)

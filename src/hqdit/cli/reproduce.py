@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hqdit.records.run_record import RunRecord
 
 ALL = "all"
+#: A bound that a number typed by mistake runs into.
+MAX_JOBS = 64
 
 
 def reproduce(
@@ -21,6 +23,10 @@ def reproduce(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; a run that was cut off goes on there.")],
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and steps: minutes, not an hour.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The whole grid of table-w4a4: hours.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", help="Processes side by side; default: one per thread, at most 8.", show_default=False),
+    ] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     backend: BackendName = None,
@@ -30,6 +36,8 @@ def reproduce(
     """Repeat experiments of the paper and its open questions on the bundled models, and write a report."""
     if quick and full:
         raise UsageError("--quick, --full: found both, needed at most one. Fix: leave one out")
+    if jobs is not None and not 1 <= jobs <= MAX_JOBS:
+        raise UsageError(f"--jobs: found {jobs}, needed a number from 1 to {MAX_JOBS}. Fix: leave it out")
     with running(quiet_mode=quiet, device="cpu", backend=backend, threads=threads, seed=seed):
         from hqdit.experiments.runner import EXPERIMENTS, run_experiments
         from hqdit.pipeline.publish import publish_text
@@ -51,7 +59,7 @@ def reproduce(
 
         # Read before hours of work: a record that cannot be drawn is found now.
         earlier = _earlier_records(target, chosen)
-        records = run_experiments(chosen, target, seed=seed, is_quick=quick, is_full=full, tell=tell)
+        records = run_experiments(chosen, target, seed=seed, is_quick=quick, is_full=full, jobs=jobs, tell=tell)
         order = {name: place for place, name in enumerate(EXPERIMENTS)}
         shown = sorted([*earlier, *records], key=lambda entry: (order.get(entry[0].name, len(order)), entry[0].name))
         publish_text(target / "report.html", render_report(shown))
@@ -65,7 +73,8 @@ def reproduce(
 
 def _earlier_records(out: Path, chosen: list[str]) -> list[tuple[Path, RunRecord]]:
     """The records in folders below `out` that this run will not write."""
-    from hqdit.records.run_record import RECORD_NAME, read_run_records
+    from hqdit.records.run_record import RECORD_NAME
+    from hqdit.records.run_record_reader import read_run_records
 
     folders = sorted(file.parent for file in out.glob(f"*/{RECORD_NAME}"))
     return [entry for folder in folders if folder.name not in chosen for entry in read_run_records(folder)]

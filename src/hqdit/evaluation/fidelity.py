@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +144,23 @@ def guided_branch(guidance: float) -> str:
     return f"guided {guidance:g}"
 
 
+#: Both branches at one time step; the unconditional one is None without a null class.
+Branches = tuple[Tensor, Tensor | None]
+
+
 @torch.no_grad()
+def noise_predictions(model: nn.Module, inputs: EvaluationInputs) -> list[Branches]:
+    """What `model` predicts at every time step of `inputs`, before guidance."""
+    has_null = class_conditional_adapter(model).null_class(model) is not None
+    # Both branches are looked at even where guidance 1.0 would skip one, so ask for them with another scale.
+    branch_scale = 0.0 if has_null else 1.0
+    predictions = []
+    for timestep, latents in track(list(zip(inputs.timesteps, inputs.latents, strict=True)), "noise predictions"):
+        times = torch.full_like(inputs.classes, timestep)
+        predictions.append(predict_branches(model, latents, times, inputs.classes, branch_scale))
+    return predictions
+
+
 def noise_fidelity(
     exact: nn.Module, quantized: nn.Module, inputs: EvaluationInputs, *guidances: float
 ) -> NoiseFidelity:
@@ -154,27 +170,39 @@ def noise_fidelity(
         exact: the float model.
         quantized: the one to judge.
         inputs: from `evaluation_inputs`.
+        guidances: as in `prediction_fidelity`.
+
+    Raises:
+        NumericsError: the quantized model predicts NaN or infinity.
+    """
+    true, found = (noise_predictions(model, inputs) for model in (exact, quantized))
+    return prediction_fidelity(true, found, inputs.timesteps, *guidances)
+
+
+def prediction_fidelity(
+    exact: Sequence[Branches], quantized: Sequence[Branches], timesteps: tuple[int, ...], *guidances: float
+) -> NoiseFidelity:
+    """Compare what `noise_predictions` returned for two models.
+
+    Args:
+        exact: of the float model.
+        quantized: of the one to judge.
+        timesteps: of both.
         guidances: scales of classifier-free guidance; the first is the one that is judged. With 1.0 the guided
             prediction is the conditional one. Not looked at for a model without a null class.
 
     Raises:
         NumericsError: the quantized model predicts NaN or infinity.
     """
-    has_null = class_conditional_adapter(exact).null_class(exact) is not None
     signal: dict[str, list[Tensor]] = {}
     noise: dict[str, list[Tensor]] = {}
-    # Both branches are looked at even where guidance 1.0 would skip one, so ask for them with another scale.
-    branch_scale = 0.0 if has_null else 1.0
 
     def add(branch: str, true: Tensor, found: Tensor) -> None:
         true64 = true.to(torch.float64)
         signal.setdefault(branch, []).append(true64.square().flatten(1).sum(dim=1))
         noise.setdefault(branch, []).append((found.to(torch.float64) - true64).square().flatten(1).sum(dim=1))
 
-    for timestep, latents in track(list(zip(inputs.timesteps, inputs.latents, strict=True)), "noise predictions"):
-        times = torch.full_like(inputs.classes, timestep)
-        true = predict_branches(exact, latents, times, inputs.classes, branch_scale)
-        found = predict_branches(quantized, latents, times, inputs.classes, branch_scale)
+    for timestep, true, found in zip(timesteps, exact, quantized, strict=True):
         if not all(bool(torch.isfinite(branch).all()) for branch in found if branch is not None):
             raise NumericsError(
                 f"evaluation: the quantized model predicts NaN or infinity at time step {timestep}, needed finite "
@@ -189,8 +217,8 @@ def noise_fidelity(
         branch: NoisePowers(torch.stack(signal[branch]).cpu().numpy(), torch.stack(noise[branch]).cpu().numpy())
         for branch in signal
     }
-    judged = guided_branch(guidances[0]) if has_null and guidances else "conditional"
-    return NoiseFidelity(inputs.timesteps, powers, judged)
+    judged = guided_branch(guidances[0]) if "unconditional" in powers and guidances else "conditional"
+    return NoiseFidelity(timesteps, powers, judged)
 
 
 @contextmanager

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 from torch import nn
 
 from hqdit.evaluation.fidelity import PAIRS
-from hqdit.experiments.image_scores import FLOAT32, image_rows, image_table
+from hqdit.experiments.image_scores import FLOAT32, float_jobs, image_rows, image_table, method_jobs
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory, eps_gain, format_share
+from hqdit.experiments.noise_floor import noise_floor, reference_rows
 from hqdit.experiments.subjects import Subject
 from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.formats.catalog import FP4_FORMATS
@@ -52,10 +54,12 @@ def run(lab: Laboratory) -> RunRecord:
     answers: list[str] = []
     for subject in lab.subjects(SUBJECTS):
         wanted = QUICK_ALPHAS if lab.is_quick else ALPHAS[subject.source]
-        sweeps = {rotation: _sweep(lab, subject, rotation, wanted) for rotation in ROTATIONS}
+        choices = {rotation: _choices(lab, subject, rotation, wanted) for rotation in ROTATIONS}
+        _prepare(lab, subject, choices)
+        sweeps = {rotation: _sweep(lab, subject, found) for rotation, found in choices.items()}
         rows, _ = image_rows(lab, subject, _image_methods(subject, sweeps), lab.sampling, has_grids=False)
         tables.append(_weights_table(subject.name, sweeps))
-        tables.append(_fidelity_table(subject.name, sweeps, lab.sampling.steps))
+        tables.append(_fidelity_table(subject.name, sweeps, noise_floor(lab, subject), lab.sampling.steps))
         tables.append(image_table(f"Images, {subject.name}: {lab.sampling.steps} steps, guidance 1.5", rows, subject))
         figures += [_trade(subject.name, sweeps), _quality(subject.name, sweeps)]
         figures += [_format_map(subject.name, rotation, sweep) for rotation, sweep in sweeps.items()]
@@ -84,7 +88,10 @@ def run(lab: Laboratory) -> RunRecord:
     )
 
 
-def _sweep(lab: Laboratory, subject: Subject, rotation: str, alphas: tuple[float, ...]) -> dict[float, dict[str, Any]]:
+def _choices(
+    lab: Laboratory, subject: Subject, rotation: str, alphas: tuple[float, ...]
+) -> dict[float, dict[str, Any]]:
+    """Alpha -> configuration and facts about the weights; alphas that choose the same formats share one entry."""
     by_formats: dict[str, dict[str, Any]] = {}
     found = {}
     # The default comes first, so that the model that other experiments share stands for all that choose alike.
@@ -93,13 +100,26 @@ def _sweep(lab: Laboratory, subject: Subject, rotation: str, alphas: tuple[float
         model = lab.quantized(subject, config)
         formats = chosen_formats(model)
         if formats not in by_formats:
-            by_formats[formats] = {
-                "config": config,
-                "score": lab.score(subject, config),
-                "weights": weight_facts(subject.model, model),
-            }
+            by_formats[formats] = {"config": config, "weights": weight_facts(subject.model, model)}
         found[alpha] = by_formats[formats]
     return {alpha: found[alpha] for alpha in sorted(found)}
+
+
+def _prepare(lab: Laboratory, subject: Subject, choices: Mapping[str, Sweep]) -> None:
+    """Fill the cache with the scores of every choice and the images of those that are judged by them."""
+    configs = [entry["config"] for found in choices.values() for entry in found.values()]
+    jobs = float_jobs(subject, lab.sampling)
+    jobs += [methodcaller("score", subject, config) for config in dict.fromkeys(configs)]
+    lab.prepare(jobs, f"alpha, {subject.name}")
+    judged = _image_methods(subject, choices).values()
+    lab.prepare(method_jobs(subject, judged, lab.sampling), f"alpha, images of {subject.name}")
+
+
+def _sweep(lab: Laboratory, subject: Subject, choices: Sweep) -> dict[float, dict[str, Any]]:
+    """The choices with their scores."""
+    distinct = {id(entry): entry for entry in choices.values()}
+    scored = {key: {**entry, "score": lab.score(subject, entry["config"])} for key, entry in distinct.items()}
+    return {alpha: scored[id(entry)] for alpha, entry in choices.items()}
 
 
 def _alike(sweep: Sweep) -> list[list[float]]:
@@ -194,7 +214,7 @@ def _weights_table(name: str, sweeps: Mapping[str, Sweep]) -> Table:
     return Table(f"Range and precision, {name}", columns, tuple(rows), "all weights of the model; no sampling error")
 
 
-def _fidelity_table(name: str, sweeps: Mapping[str, Sweep], steps: int) -> Table:
+def _fidelity_table(name: str, sweeps: Mapping[str, Sweep], floor: Mapping[str, Any], steps: int) -> Table:
     columns = (
         Column("Rotation"),
         Column("alpha", "", 2),
@@ -202,7 +222,9 @@ def _fidelity_table(name: str, sweeps: Mapping[str, Sweep], steps: int) -> Table
         Column("Noise prediction", "dB", 2, "SQNR after guidance 1.5"),
         Column("Against default", "dB", 2, f"paired gain over alpha = {DEFAULT:g}"),
     )
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[tuple[Cell, ...]] = [
+        (label, None, layers, judged, None) for label, layers, judged in reference_rows(floor, JUDGED)
+    ]
     for rotation, sweep in sweeps.items():
         for alpha, entry in sweep.items():
             score = entry["score"]

@@ -6,6 +6,7 @@ Source: HQ-DiT (arXiv 2405.19751), an open question; here on a vision transforme
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 from hqdit.experiments.laboratory import Laboratory
 from hqdit.experiments.small_networks.findings import (
@@ -21,7 +22,7 @@ from hqdit.experiments.small_networks.findings import (
 )
 from hqdit.experiments.small_networks.grid import ROTATIONS, measure_network
 from hqdit.experiments.small_networks.quantization import ALPHA
-from hqdit.experiments.small_networks.training import RECIPES, Recipe, data_digest
+from hqdit.experiments.small_networks.training import RECIPES, Recipe, data_digest, trained
 from hqdit.models.outliers import DEFAULT_SHARE
 from hqdit.records.run_record import RunRecord
 
@@ -32,12 +33,14 @@ def run(lab: Laboratory) -> RunRecord:
     return study(lab, RECIPES, factors, seeds)
 
 
+def _train(lab: Laboratory, recipe: Recipe) -> None:
+    trained(lab.cache, recipe)
+
+
 def study(lab: Laboratory, recipes: tuple[Recipe, ...], factors: tuple[float, ...], seeds: int) -> RunRecord:
     """`run` with other networks, outlier factors (1.0 among them) and numbers of draws of the random signs."""
-    results = []
-    for recipe in recipes:
-        lab.tell(f"beyond-dit: {recipe.shape.kind}")
-        results.append(measure_network(lab, recipe, factors, seeds))
+    lab.prepare([partial(_train, recipe=recipe) for recipe in recipes], "training small networks")
+    results = [measure_network(lab, recipe, factors, seeds) for recipe in recipes]
     by_network = [table for result in results for table in (outcome_table(result), gain_table(result))]
     return RunRecord(
         name="beyond-dit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -84,7 +85,8 @@ class ResultCache:
         else:
             self.misses += 1
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
+            # Two processes may compute the same result; each renames a file of its own.
+            partial = path.with_suffix(f".{os.getpid()}.partial")
             write_safetensors({name: tensor.contiguous() for name, tensor in compute().items()}, partial)
             partial.replace(path)
         return read_safetensors(path)

@@ -17,7 +17,8 @@ from hqdit.calibration.samples import CalibrationSet
 from hqdit.evaluation.bootstrap import bootstrap_mean
 from hqdit.evaluation.fidelity import PAIRS, noise_fidelity
 from hqdit.experiments.gptq_blocks import OVER_LAYERS, block_answer, block_sizes, block_table
-from hqdit.experiments.laboratory import GUIDANCES, Laboratory, eps_gain
+from hqdit.experiments.laboratory import GUIDANCES, Job, Laboratory, eps_gain
+from hqdit.experiments.noise_floor import noise_floor, reference_rows
 from hqdit.experiments.subjects import Subject
 from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.gptq.solver import BLOCK_COLUMNS
@@ -25,7 +26,6 @@ from hqdit.models.adapter import adapter_for
 from hqdit.numerics.error import SignalToNoise
 from hqdit.pipeline.checkpoint import quantized_layers
 from hqdit.pipeline.config import QuantizationConfig
-from hqdit.progress import track
 from hqdit.records.run_record import Cell, Column, Figure, Interval, Lines, RunRecord, Series, Table
 
 #: Subject -> sizes: the whole sweep where it is cheap, three sizes where it is not.
@@ -48,23 +48,21 @@ def run(lab: Laboratory) -> RunRecord:
     figures: list[Figure] = []
     answers: list[str] = []
     sizes = {subject: SIZES[subject][:: 3 if lab.is_quick else 1] for subject in lab.subjects(SIZES)}
+    smallest = next(iter(sizes))
+    jobs: list[Job] = [partial(_blocks, subject=smallest)]
     for subject, counts in sizes.items():
-        nearest = lab.score(subject, CONFIG.replace(gptq=False))
-        control = lab.cache.numbers(
-            _key(lab, subject, method="nearest", samples=list(counts)), partial(_control, lab, subject, counts)
-        )
-        found = {
-            count: lab.cache.numbers(
-                _key(lab, subject, method="gptq", samples=count), partial(_measure, lab, subject, count)
-            )
-            for count in track(counts, f"calibration sizes, {subject.name}")
-        }
-        tables.append(_table(subject.name, found, nearest, control, lab.sampling.steps))
+        # The largest take longest.
+        jobs += [partial(_measured, subject=subject, count=count) for count in reversed(counts)]
+        jobs += [partial(_controlled, subject=subject, counts=counts), partial(_nearest, subject=subject)]
+    lab.prepare(jobs, "calibration sizes")
+    for subject, counts in sizes.items():
+        nearest, control = _nearest(lab, subject), _controlled(lab, subject, counts)
+        found = {count: _measured(lab, subject, count) for count in counts}
+        floor = noise_floor(lab, subject)
+        tables.append(_table(subject.name, found, nearest, control, floor, lab.sampling.steps))
         figures += _lines(subject.name, found, nearest, control)
         answers += _answers(subject.name, found, nearest, control)
-    smallest = next(iter(sizes))
-    key = _key(lab, smallest, blocks=list(BLOCK_SIZES), samples=BLOCK_SAMPLES)
-    blocks = lab.cache.numbers(key, partial(block_sizes, lab, smallest, CONFIG, BLOCK_SIZES, BLOCK_SAMPLES))
+    blocks = _blocks(lab, smallest)
     tables.append(block_table(smallest.name, blocks, BLOCK_SAMPLES))
     answers.append(block_answer(blocks))
     return RunRecord(
@@ -95,6 +93,25 @@ def run(lab: Laboratory) -> RunRecord:
 
 def _key(lab: Laboratory, subject: Subject, **more: Any) -> dict[str, Any]:
     return {"what": "calibration size", "subject": subject.name, "config": CONFIG.to_json(), **lab.settings, **more}
+
+
+def _nearest(lab: Laboratory, subject: Subject) -> dict[str, Any]:
+    return lab.score(subject, CONFIG.replace(gptq=False))
+
+
+def _measured(lab: Laboratory, subject: Subject, count: int) -> dict[str, Any]:
+    key = _key(lab, subject, method="gptq", samples=count)
+    return lab.cache.numbers(key, partial(_measure, lab, subject, count))
+
+
+def _controlled(lab: Laboratory, subject: Subject, counts: tuple[int, ...]) -> dict[str, Any]:
+    key = _key(lab, subject, method="nearest", samples=list(counts))
+    return lab.cache.numbers(key, partial(_control, lab, subject, counts))
+
+
+def _blocks(lab: Laboratory, subject: Subject) -> dict[str, Any]:
+    key = _key(lab, subject, blocks=list(BLOCK_SIZES), samples=BLOCK_SAMPLES)
+    return lab.cache.numbers(key, partial(block_sizes, lab, subject, CONFIG, BLOCK_SIZES, BLOCK_SAMPLES))
 
 
 def _measure(lab: Laboratory, subject: Subject, count: int) -> dict[str, Any]:
@@ -178,9 +195,19 @@ def _gaps(found: Mapping[str, Any], control: Mapping[str, Any], count: int) -> t
     return bootstrap_mean(of_gptq), bootstrap_mean(of_nearest), bootstrap_mean(net)
 
 
-def _table(name: str, found: BySize, nearest: Mapping[str, Any], control: Mapping[str, Any], steps: int) -> Table:
+def _table(
+    name: str,
+    found: BySize,
+    nearest: Mapping[str, Any],
+    control: Mapping[str, Any],
+    floor: Mapping[str, Any],
+    steps: int,
+) -> Table:
     plain = (Interval(*nearest["eps_sqnr_db"][JUDGED]), None, None, fmean(control["unseen"].values()))
-    rows: list[tuple[Cell, ...]] = [("nearest", None, *plain, None, None, None)]
+    rows: list[tuple[Cell, ...]] = [
+        (label, None, judged, *(None for _ in _COLUMNS[3:])) for label, _, judged in reference_rows(floor, JUDGED)
+    ]
+    rows.append(("nearest", None, *plain, None, None, None))
     for count, of_size in found.items():
         judged, gain = Interval(*of_size["eps_sqnr_db"]), eps_gain(of_size, nearest, JUDGED)
         layers = (fmean(of_size[side].values()) for side in ("seen", "unseen"))

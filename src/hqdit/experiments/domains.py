@@ -17,10 +17,10 @@ import numpy.typing as npt
 from hqdit.evaluation.bootstrap import bootstrap_interval
 from hqdit.evaluation.fidelity import EvaluationInputs, noise_fidelity
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory, eps_gain
+from hqdit.experiments.noise_floor import noise_floor, reference_rows
 from hqdit.experiments.subjects import Subject
 from hqdit.experiments.wording import interval_notes, signed_db
 from hqdit.pipeline.config import QuantizationConfig
-from hqdit.progress import track
 from hqdit.records.run_record import Bars, Cell, Column, Interval, Lines, RunRecord, Series, Table
 
 SUBJECTS = (Subject("digits"), Subject("shapes"))
@@ -82,12 +82,10 @@ def spearman(a: Sequence[float] | Float64Array, b: Sequence[float] | Float64Arra
 def run(lab: Laboratory) -> RunRecord:
     """Score the grid on both models; rank correlation, best settings and what it costs to swap them."""
     settings = grid(lab.is_quick)
-    scores: dict[str, dict[Settings, dict[str, Any]]] = {}
-    for subject in SUBJECTS:
-        scores[subject.name] = {
-            chosen: lab.cache.numbers(_key(lab, subject, chosen), partial(_score, lab, subject, chosen))
-            for chosen in track(settings, f"settings, {subject.name}")
-        }
+    jobs = [partial(_scored, subject=subject, settings=chosen) for subject in SUBJECTS for chosen in settings]
+    lab.prepare(jobs, "settings")
+    scores = {subject.name: {chosen: _scored(lab, subject, chosen) for chosen in settings} for subject in SUBJECTS}
+    floors = [noise_floor(lab, subject) for subject in SUBJECTS]
     first, second = (subject.name for subject in SUBJECTS)
     pairs = np.array([[_db(scores[name][chosen]) for name in (first, second)] for chosen in settings])
     rho = bootstrap_interval(pairs, lambda rows: spearman(rows[:, 0], rows[:, 1]))
@@ -102,7 +100,7 @@ def run(lab: Laboratory) -> RunRecord:
             *(_transfer_answer(entry) for entry in transfers),
             _effect_answer(effects),
         ),
-        tables=(_transfer_table(transfers), _effect_table(effects), _grid_table(scores, settings)),
+        tables=(_transfer_table(transfers), _effect_table(effects), _grid_table(scores, settings, floors)),
         figures=(_scatter(scores, settings), _effect_bars(effects)),
         config={
             "grid": {name: list(values) for name, values in GRID.items()},
@@ -129,6 +127,11 @@ def _config(settings: Settings) -> QuantizationConfig:
 def _key(lab: Laboratory, subject: Subject, settings: Settings) -> dict[str, Any]:
     config = _config(settings).to_json()
     return {"what": "domains", "subject": subject.name, "config": config, **lab.settings, "grid": CALIBRATION_SAMPLES}
+
+
+def _scored(lab: Laboratory, subject: Subject, settings: Settings) -> dict[str, Any]:
+    """`_score`, from the cache if it was scored before."""
+    return lab.cache.numbers(_key(lab, subject, settings), partial(_score, lab, subject, settings))
 
 
 def _score(lab: Laboratory, subject: Subject, settings: Settings) -> dict[str, Any]:
@@ -236,10 +239,16 @@ def _effect_table(effects: Mapping[str, Mapping[str, Interval]]) -> Table:
     return Table("What each setting does", columns, tuple(rows), "mean over the grid's other settings")
 
 
-def _grid_table(scores: Mapping[str, Mapping[Settings, Any]], settings: Sequence[Settings]) -> Table:
+def _grid_table(
+    scores: Mapping[str, Mapping[Settings, Any]], settings: Sequence[Settings], floors: Sequence[Mapping[str, Any]]
+) -> Table:
     meaning = "SQNR of the noise prediction after guidance 1.5"
     columns = (Column("Setting"), *(Column(name, "dB", 2, meaning) for name in scores))
+    references = zip(*(reference_rows(floor, JUDGED) for floor in floors), strict=True)
     rows: list[tuple[Cell, ...]] = [
+        (of_models[0][0], *(judged for _, _, judged in of_models)) for of_models in references
+    ]
+    rows += [
         (_words(chosen), *(Interval(*scores[name][chosen]["eps_sqnr_db"][JUDGED]) for name in scores))
         for chosen in settings
     ]

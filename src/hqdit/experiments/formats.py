@@ -8,6 +8,8 @@ Source: HQ-DiT (arXiv 2405.19751), section 3.3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -15,17 +17,17 @@ from torch import Tensor, nn
 
 from hqdit.evaluation.fidelity import PAIRS
 from hqdit.experiments.laboratory import Laboratory, eps_gain, format_share
+from hqdit.experiments.noise_floor import noise_floor, reference_rows
 from hqdit.experiments.subjects import Subject
 from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.formats.catalog import FP4_FORMATS
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import plan_quantization
 from hqdit.pipeline.rotation_check import signs_of, weight_to_rotate
-from hqdit.progress import track
 from hqdit.quantizers.format_selection import range_statistic, select_format
 from hqdit.quantizers.quantized_tensor import round_to_nearest, weight_scales
 from hqdit.quantizers.spec import WeightSpec
-from hqdit.records.run_record import Bars, Column, Figure, FormatMap, Interval, RunRecord, Series, Table
+from hqdit.records.run_record import Bars, Cell, Column, Figure, FormatMap, Interval, RunRecord, Series, Table
 from hqdit.transforms.rotation import rotate
 
 SUBJECTS = (Subject("digits"), Subject("shapes"), Subject("digits", 10.0))
@@ -58,8 +60,11 @@ def run(lab: Laboratory) -> RunRecord:
         for rotation in ROTATIONS
         for name, config in configurations(rotation).items()
     ]
+    lab.prepare([methodcaller("score", cell[0], cell[3]) for cell in cells], "formats")
+    picks = [partial(_channels, subject=subject, rotation=rotation) for subject in subjects for rotation in ROTATIONS]
+    lab.prepare(picks, "formats of channels")
     scores: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for subject, rotation, name, config in track(cells, "formats"):
+    for subject, rotation, name, config in cells:
         scores.setdefault((subject.name, rotation), {})[name] = lab.score(subject, config)
     channels = {
         (subject.name, rotation): _channels(lab, subject, rotation) for subject in subjects for rotation in ROTATIONS
@@ -71,6 +76,7 @@ def run(lab: Laboratory) -> RunRecord:
         mean_regret = sum(regrets) / len(regrets)
         right = regrets.count(0.0)
         pick_rows.append((name, ROTATIONS[rotation], len(regrets), right, mean_regret, max(regrets), share, loss))
+    floors = {subject.name: noise_floor(lab, subject) for subject in subjects}
     figures: list[Figure] = []
     for subject in subjects:
         figures.append(_bars(subject.name, scores))
@@ -86,7 +92,7 @@ def run(lab: Laboratory) -> RunRecord:
         question="Is choosing among E3M0, E2M1 and E1M2 by max|W| / Quantile(|W|, alpha) better than one fixed format?",
         answers=tuple(_answers(scores, channels)),
         tables=(
-            *(_table(subject.name, scores, counted) for subject in subjects),
+            *(_table(subject.name, scores, floors[subject.name], counted) for subject in subjects),
             Table("How often the rule picks the best format", _PICK_COLUMNS, tuple(pick_rows)),
         ),
         figures=tuple(figures),
@@ -177,7 +183,7 @@ _PICK_COLUMNS = (
 )
 
 
-def _table(subject: str, scores: Scores, counted: str) -> Table:
+def _table(subject: str, scores: Scores, floor: Mapping[str, Any], counted: str) -> Table:
     columns = (
         Column("Rotation"),
         Column("Formats"),
@@ -186,7 +192,7 @@ def _table(subject: str, scores: Scores, counted: str) -> Table:
         Column("Against fp4 per layer", "dB", 2, "paired gain over the rule's choice per layer"),
         *(Column(name.upper(), "", 2, "share of the output channels, mean over layers") for name in FIXED),
     )
-    rows = []
+    rows: list[tuple[Cell, ...]] = [(None, *row, None, *(None for _ in FIXED)) for row in reference_rows(floor, JUDGED)]
     for rotation, word in ROTATIONS.items():
         by_format = scores[subject, rotation]
         for name, score in by_format.items():

@@ -6,14 +6,18 @@ Source: HQ-DiT (arXiv 2405.19751), an open question: is the overhead of the onli
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import nn
 
 from hqdit.benchmark.workload import DIT_XL_2
+from hqdit.evaluation.fidelity import PAIRS
 from hqdit.experiments.laboratory import Laboratory, eps_gain
+from hqdit.experiments.noise_floor import noise_floor, reference_rows
 from hqdit.experiments.rotation_cost import (
     GEOMETRIES,
     XL,
@@ -28,7 +32,6 @@ from hqdit.experiments.wording import compared, interval_notes, signed_db
 from hqdit.kernels.selection import current_backend
 from hqdit.models.adapter import adapter_for
 from hqdit.pipeline.config import QuantizationConfig
-from hqdit.progress import track
 from hqdit.records.run_record import Bars, Cell, Column, Interval, Lines, RunRecord, Series, Table
 
 TOKENS = 512
@@ -43,9 +46,21 @@ JUDGED = "guided 1.5"
 def run(lab: Laboratory) -> RunRecord:
     """Count, measure, score the bundled models with every rotation, and weigh one against the other."""
     lab.tell("hadamard-cost: time at DiT-XL/2's shapes")
-    timing = measure(XL, rotations_for(XL), TOKENS, QUICK_REPEATS if lab.is_quick else REPEATS)
+    with all_threads(lab.threads):
+        timing = measure(XL, rotations_for(XL), TOKENS, QUICK_REPEATS if lab.is_quick else REPEATS)
     subjects = SUBJECTS[:2] if lab.is_quick else SUBJECTS
     return study(lab, timing, subjects)
+
+
+@contextmanager
+def all_threads(count: int) -> Iterator[None]:
+    """Measure the body with `count` threads, as a user would run it; everything else has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def geometry_of(model: nn.Module, name: str) -> BlockGeometry:
@@ -63,8 +78,10 @@ def study(lab: Laboratory, timing: Timing, subjects: Sequence[Subject]) -> RunRe
         kinds = rotations_for(geometries[subject.name])
         grid += [(subject, rotation) for rotation in ((*kinds[:2], "full") if lab.is_quick else kinds)]
     scores: dict[str, dict[str, dict[str, Any]]] = {subject.name: {} for subject in subjects}
-    for subject, rotation in track(grid, "models and rotations"):
+    lab.prepare([methodcaller("score", s, base.replace(rotation=r)) for s, r in grid], "models and rotations")
+    for subject, rotation in grid:
         scores[subject.name][rotation] = lab.score(subject, base.replace(rotation=rotation))
+    floors = {subject.name: noise_floor(lab, subject) for subject in subjects}
     return RunRecord(
         name="hadamard-cost",
         title="What the Hadamard transform costs",
@@ -78,13 +95,13 @@ def study(lab: Laboratory, timing: Timing, subjects: Sequence[Subject]) -> RunRe
         tables=(
             _operations_table(),
             _time_table(timing),
-            *(_score_table(name, geometries[name], found) for name, found in scores.items()),
+            *(_score_table(name, geometries[name], found, floors[name]) for name, found in scores.items()),
         ),
         figures=(_time_figure(timing), _trade_figure(geometries, scores)),
         config={
             "tokens": timing.tokens,
             "repeats": len(next(iter(timing.product.values()))),
-            "threads": torch.get_num_threads(),
+            "threads": lab.threads,
             "backend": current_backend().description,
             "config": base.to_json(),
             "image_steps": IMAGE_STEPS,
@@ -170,9 +187,13 @@ def _range(seconds: Sequence[float]) -> Interval:
     return Interval(1e3 * statistics.median(seconds), 1e3 * min(seconds), 1e3 * max(seconds))
 
 
-def _score_table(name: str, geometry: BlockGeometry, found: Mapping[str, dict[str, Any]]) -> Table:
+def _score_table(
+    name: str, geometry: BlockGeometry, found: Mapping[str, dict[str, Any]], floor: Mapping[str, Any]
+) -> Table:
     plain = found["none"]
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[tuple[Cell, ...]] = [
+        (label, None, layers, None, judged, None) for label, layers, judged in reference_rows(floor, JUDGED)
+    ]
     for rotation, score in found.items():
         operations, products = block_operations(geometry, rotation)
         rows.append(
@@ -193,7 +214,8 @@ def _score_table(name: str, geometry: BlockGeometry, found: Mapping[str, dict[st
         Column("Noise prediction", "dB", 2, "SQNR after guidance 1.5; higher is better"),
         Column("Gain, noise prediction", "dB", 2, "over no rotation, paired by trajectory"),
     )
-    return Table(f"Gain, {name}", columns, tuple(rows))
+    caption = f"{PAIRS} held-out trajectories; 95 % bootstrap intervals over trajectories"
+    return Table(f"Gain, {name}", columns, tuple(rows), caption)
 
 
 def _gain(found: Mapping[str, dict[str, Any]], rotation: str) -> Interval:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,18 +13,18 @@ from hqdit.evaluation.bootstrap import bootstrap_mean
 from hqdit.evaluation.fidelity import psnr_of_images
 from hqdit.evaluation.image_metrics import image_metrics, metric_name
 from hqdit.evaluation.ssim import structural_similarity
-from hqdit.experiments.laboratory import Laboratory
+from hqdit.experiments.laboratory import Job, Laboratory
 from hqdit.experiments.subjects import Subject
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.publish import publish_bytes
-from hqdit.progress import track
 from hqdit.records.run_record import Cell, Column, ImageGrid, Interval, Table
 from hqdit.report.figures import image_grid
 from hqdit.sampling.sampler import SamplingConfig, to_uint8
 
 FLOAT32 = "float32"
 #: The float model from other noise: what a metric says of two sets that differ by chance alone.
-OTHER_SEED = "float32, another seed"
+OTHER_SEEDS = {1: "float32, another seed", 2: "float32, a third seed"}
+OTHER_SEED = OTHER_SEEDS[1]
 
 RESAMPLES = 100
 GRID_IMAGES, GRID_COLUMNS = 30, 10
@@ -56,8 +57,9 @@ def image_rows(
     sampling: SamplingConfig,
     *,
     has_grids: bool = True,
+    other_seeds: Sequence[int] = tuple(OTHER_SEEDS),
 ) -> tuple[list[dict[str, Any]], list[ImageGrid]]:
-    """Scores of the float model, of the float model from another seed, and of every method.
+    """Scores of the float model, of the float model from other seeds, and of every method.
 
     Args:
         lab: gives images, cache and folder.
@@ -65,39 +67,69 @@ def image_rows(
         methods: name -> configuration.
         sampling: steps and guidance; guidance 0 is unconditional, where class accuracy says nothing and is left out.
         has_grids: write a PNG of the first images of each row.
+        other_seeds: keys of `OTHER_SEEDS` whose rows are wanted.
 
     Returns:
-        Rows with "method", "samples" and [value, low, high] or None for each metric; "psnr_exact", the number of
-        images that equal the float model's, which leaves "psnr_db" without a mean; "ssim_window" in pixels; and the
-        pictures.
+        Rows (float32, `OTHER_SEEDS`, methods) with "method", "samples" and [value, low, high] or None for each metric;
+        "psnr_exact", the number of images that equal the float model's, which leaves "psnr_db" without a mean;
+        "ssim_window" in pixels; and the pictures.
     """
-    count = lab.image_count
-    exact = lab.samples(subject, None, count, sampling)
     everything: dict[str, tuple[QuantizationConfig | None, int]] = {
         FLOAT32: (None, lab.seed),
-        OTHER_SEED: (None, lab.seed + 1),
+        **{OTHER_SEEDS[offset]: (None, lab.seed + offset) for offset in other_seeds},
         **{name: (config, lab.seed) for name, config in methods.items()},
     }
     rows, grids = [], []
-    for method, (config, seed) in track(list(everything.items()), f"images of {subject.name}"):
-        images = lab.samples(subject, config, count, sampling, seed)
-        key = {
-            "what": "image scores",
-            "subject": subject.name,
-            "config": None if config is None else config.to_json(),
-            **lab.settings,
-            "sampled": {"count": count, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed},
-            "resamples": RESAMPLES,
-        }
-        is_exact = method == FLOAT32
-
-        def score(images: Tensor = images, is_exact: bool = is_exact) -> dict[str, Any]:
-            return _scores(lab, subject, None if is_exact else exact, images, sampling)
-
-        rows.append({"method": method, "samples": count, **lab.cache.numbers(key, score)})
+    for method, (config, seed) in everything.items():
+        row = _row(lab, subject, config, sampling, seed)
+        rows.append({"method": method, "samples": lab.image_count, **row})
         if has_grids:
-            grids.append(_grid(lab, subject, method, images))
+            grids.append(_grid(lab, subject, method, lab.samples(subject, config, lab.image_count, sampling, seed)))
     return rows, grids
+
+
+def float_jobs(
+    subject: Subject, sampling: SamplingConfig, other_seeds: Sequence[int] = tuple(OTHER_SEEDS)
+) -> list[Job]:
+    """What has to be in the cache before the rows of methods: the float model's images, which all are compared with."""
+    return [partial(_floor_row, subject=subject, sampling=sampling, seed_offset=k) for k in (0, *other_seeds)]
+
+
+def method_jobs(subject: Subject, methods: Iterable[QuantizationConfig], sampling: SamplingConfig) -> list[Job]:
+    """A job for the row of every method."""
+    return [partial(_method_row, subject=subject, config=config, sampling=sampling) for config in methods]
+
+
+def _floor_row(lab: Laboratory, subject: Subject, sampling: SamplingConfig, seed_offset: int) -> None:
+    _row(lab, subject, None, sampling, lab.seed + seed_offset)
+
+
+def _method_row(lab: Laboratory, subject: Subject, config: QuantizationConfig, sampling: SamplingConfig) -> None:
+    _row(lab, subject, config, sampling, lab.seed)
+
+
+def _row(
+    lab: Laboratory, subject: Subject, config: QuantizationConfig | None, sampling: SamplingConfig, seed: int
+) -> dict[str, Any]:
+    """Scores of the images of one model, from the cache if they were scored before."""
+    count = lab.image_count
+    key = {
+        "what": "image scores",
+        "subject": subject.name,
+        "config": None if config is None else config.to_json(),
+        **lab.settings,
+        "sampled": {"count": count, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed},
+        "resamples": RESAMPLES,
+    }
+
+    def score() -> dict[str, Any]:
+        images = lab.samples(subject, config, count, sampling, seed)
+        is_exact = config is None and seed == lab.seed
+        return _scores(
+            lab, subject, None if is_exact else lab.samples(subject, None, count, sampling), images, sampling
+        )
+
+    return lab.cache.numbers(key, score)
 
 
 def _scores(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ from hqdit.analysis.weights import format_shares
 from hqdit.calibration.samples import DEFAULT_SAMPLES, CalibrationSet
 from hqdit.evaluation.bootstrap import bootstrap_interval
 from hqdit.evaluation.extractors import Features
-from hqdit.evaluation.fidelity import EvaluationInputs, layer_fidelity, noise_fidelity
+from hqdit.evaluation.fidelity import (
+    Branches,
+    EvaluationInputs,
+    layer_fidelity,
+    noise_predictions,
+    prediction_fidelity,
+)
 from hqdit.evaluation.surrogate import held_out_images
 from hqdit.experiments.cache import ResultCache
 from hqdit.experiments.subjects import Subject
@@ -26,11 +32,20 @@ from hqdit.numerics.error import decibel
 from hqdit.pipeline.checkpoint import quantized_layers
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
+from hqdit.progress import track
 from hqdit.records.run_record import Interval, RunRecord
 from hqdit.sampling.noise import SAMPLE
 from hqdit.sampling.sampler import SamplingConfig, generate_images
 
+if TYPE_CHECKING:
+    from hqdit.experiments.workers import Workers
+
 GUIDANCES = (1.5, 4.0)
+#: Images at once; more of them no longer fit in a core's cache, and take a quarter longer each.
+IMAGE_BATCH = 32
+
+#: Something that leaves its results in the cache of the laboratory that it gets; it can be sent to another process.
+Job = Callable[["Laboratory"], object]
 
 
 @dataclass
@@ -44,6 +59,8 @@ class Laboratory:
         is_quick: fewer samples and steps, for a look within minutes.
         is_full: also the parts of the grid that take hours.
         tell: says what is going on.
+        workers: processes that prepare results, or None to compute them in this one.
+        threads: for measurements of time; everything else is computed with one thread.
     """
 
     cache: ResultCache
@@ -52,8 +69,11 @@ class Laboratory:
     is_quick: bool = False
     is_full: bool = False
     tell: Callable[[str], None] = print
+    workers: Workers | None = None
+    threads: int = 1
     _calibrations: dict[tuple[Any, ...], CalibrationSet] = field(default_factory=dict)
     _inputs: dict[tuple[Any, ...], EvaluationInputs] = field(default_factory=dict)
+    _exact: dict[Subject, list[Branches]] = field(default_factory=dict)
     _references: dict[str, Features] = field(default_factory=dict)
 
     @property
@@ -65,6 +85,11 @@ class Laboratory:
     def calibration_samples(self) -> int:
         """Tuples behind every calibration that does not say otherwise: the paper's 512."""
         return 128 if self.is_quick else DEFAULT_SAMPLES
+
+    @property
+    def draws(self) -> int:
+        """Draws of rotation signs behind comparisons of the paper's method with what differs from it in one part."""
+        return 1 if self.is_quick else 3
 
     @property
     def image_count(self) -> int:
@@ -86,6 +111,14 @@ class Laboratory:
             "calibration_samples": self.calibration_samples,
         }
 
+    def prepare(self, jobs: Sequence[Job], what: str) -> None:
+        """Have the results of all `jobs` in the cache, computed side by side where there are workers."""
+        if self.workers is not None:
+            self.cache.misses += self.workers.run(jobs, what)
+        else:
+            for job in track(jobs, what):
+                job(self)
+
     def subjects(self, subjects: Iterable[Subject]) -> tuple[Subject, ...]:
         """All of them, or in a quick run those on the first one's data."""
         listed = tuple(subjects)
@@ -106,6 +139,12 @@ class Laboratory:
             self._inputs[key] = subject.inputs(self.sampling, self.seed)
         return self._inputs[key]
 
+    def exact_predictions(self, subject: Subject) -> list[Branches]:
+        """What the float model predicts on `inputs`."""
+        if subject not in self._exact:
+            self._exact[subject] = noise_predictions(subject.model, self.inputs(subject))
+        return self._exact[subject]
+
     def reference_features(self, subject: Subject) -> Features:
         """Features of the held-out images of the subject's data set."""
         if subject.source not in self._references:
@@ -114,16 +153,26 @@ class Laboratory:
         return self._references[subject.source]
 
     def quantized(
-        self, subject: Subject, config: QuantizationConfig, calibration: CalibrationSet | None = None
+        self, subject: Subject, config: QuantizationConfig, calibration: CalibrationSet | None = None, draw: int = 0
     ) -> nn.Module:
         """A quantized copy of the subject; not cached, because most experiments look at one model once."""
         data = calibration if calibration is not None or not config.needs_calibration else self.calibration(subject)
-        return quantize(copy.deepcopy(subject.model), config.replace(seed=self.seed), data)
+        return quantize(copy.deepcopy(subject.model), config.replace(seed=self.seed + draw), data)
 
     def score(
-        self, subject: Subject, config: QuantizationConfig, calibration_samples: int | None = None
+        self,
+        subject: Subject,
+        config: QuantizationConfig,
+        calibration_samples: int | None = None,
+        draw: int = 0,
     ) -> dict[str, Any]:
         """Paired fidelity of one quantized model; plain values from the cache if it was scored before.
+
+        Args:
+            subject: the model.
+            config: how it is quantized.
+            calibration_samples: None for those of this laboratory.
+            draw: of the rotation's signs; calibration data and judging inputs stay the same.
 
         Returns:
             eps_sqnr_db: branch ("conditional", "unconditional", "guided 1.5", "guided 4") -> [value, low, high], where
@@ -143,16 +192,20 @@ class Laboratory:
             "config": config.to_json(),
             **self.settings,
             "calibration_samples": calibration_samples or self.calibration_samples,
+            "draw": draw,
         }
-        return self.cache.numbers(key, lambda: self._score(subject, config, calibration_samples))
+        return self.cache.numbers(key, lambda: self._score(subject, config, calibration_samples, draw))
 
-    def _score(self, subject: Subject, config: QuantizationConfig, calibration_samples: int | None) -> dict[str, Any]:
+    def _score(
+        self, subject: Subject, config: QuantizationConfig, calibration_samples: int | None, draw: int
+    ) -> dict[str, Any]:
         data = self.calibration(subject, calibration_samples) if config.needs_calibration else None
         start = time.perf_counter()
-        model = self.quantized(subject, config, data)
+        model = self.quantized(subject, config, data, draw)
         seconds = time.perf_counter() - start
-        noise = noise_fidelity(subject.model, model, self.inputs(subject), *GUIDANCES)
-        layers = layer_fidelity(subject.model, model, self.inputs(subject))
+        inputs, exact = self.inputs(subject), self.exact_predictions(subject)
+        noise = prediction_fidelity(exact, noise_predictions(model, inputs), inputs.timesteps, *GUIDANCES)
+        layers = layer_fidelity(subject.model, model, inputs)
         intervals = {branch: powers.db_interval for branch, powers in noise.branches.items()}
         return {
             "eps_sqnr_db": {branch: [found.value, found.low, found.high] for branch, found in intervals.items()},
@@ -192,7 +245,7 @@ class Laboratory:
         def draw() -> dict[str, Tensor]:
             model = subject.model if config is None else self.quantized(subject, config)
             classes = [index % subject.num_classes for index in range(count)]
-            images = generate_images(model, subject.scheduler, None, classes, how, which, SAMPLE, 128, "sampling")
+            images = generate_images(model, subject.scheduler, None, classes, how, which, SAMPLE, IMAGE_BATCH)
             return {"images": images}
 
         return self.cache.tensors(key, draw)["images"]
@@ -209,6 +262,11 @@ def eps_gain(score: Mapping[str, Any], reference: Mapping[str, Any], branch: str
     """
     powers = [reference["eps_noise_powers"][branch], score["eps_noise_powers"][branch]]
     return bootstrap_interval(np.array(powers).T, lambda rows: decibel(*map(float, rows.sum(axis=0))))
+
+
+def pooled(draws: Sequence[Mapping[str, Any]], branch: str) -> dict[str, Any]:
+    """Scores of several draws as one that `eps_gain` takes: the mean power of the error of every trajectory."""
+    return {"eps_noise_powers": {branch: np.mean([score["eps_noise_powers"][branch] for score in draws], axis=0)}}
 
 
 def format_share(score: Mapping[str, Any], name: str) -> float:

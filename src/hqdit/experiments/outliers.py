@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,21 @@ import numpy.typing as npt
 from torch import nn
 
 from hqdit.analysis.activations import (
+    ActivationHistogram,
     ActivationStatistics,
     Distribution,
     activation_histograms,
     activation_statistics,
 )
-from hqdit.evaluation.fidelity import PAIRS
+from hqdit.evaluation.fidelity import PAIRS, EvaluationInputs
 from hqdit.experiments.laboratory import Laboratory
+from hqdit.experiments.outlier_figures import outlier_figures
 from hqdit.experiments.subjects import SUBJECTS, Subject
 from hqdit.experiments.wording import interval_notes
 from hqdit.models.adapter import adapter_for
 from hqdit.numerics.error import decibel
 from hqdit.pipeline.config import QuantizationConfig
-from hqdit.records.run_record import Cell, Column, Figure, Heatmap, Histogram, Interval, Lines, RunRecord, Series, Table
+from hqdit.records.run_record import Cell, Column, Figure, Interval, RunRecord, Table
 
 CONFIG = QuantizationConfig(gptq=False)
 ROLES = {"modulation": "modulation", "q": "q, k, v", "attention-out": "attention-out", "fc1": "fc1", "fc2": "fc2"}
@@ -60,17 +63,19 @@ def run(lab: Laboratory) -> RunRecord:
     figures: list[Figure] = []
     answers: list[str] = []
     measured: dict[Subject, dict[str, Any]] = {}
-    for subject in lab.subjects(SUBJECTS):
-        lab.tell(f"outliers: {subject.name}")
-        key = {"what": "outliers", "subject": subject.name, "config": CONFIG.to_json(), **lab.settings}
-        found = lab.cache.numbers(key, partial(_measure, lab, subject))
+    subjects = lab.subjects(SUBJECTS)
+    lab.prepare([partial(_found, subject=subject) for subject in subjects], "activations")
+    configs = [CONFIG.replace(rotation=rotation) for rotation in ("full", "none")]
+    lab.prepare([methodcaller("score", s, c) for s in subjects for c in configs], "layers")
+    for subject in subjects:
+        found = _found(lab, subject)
         for rotation in ("full", "none"):
             scored = lab.score(subject, CONFIG.replace(rotation=rotation))["layer_sqnr_db"]
             for entry in found["inputs"]:
                 entry[f"sqnr_{rotation}"] = sum(scored[name] for name in entry["layers"]) / len(entry["layers"])
         measured[subject] = found
         tables.append(_table(subject.name, found["inputs"], lab.sampling.steps))
-        figures += _figures(subject.name, found)
+        figures += outlier_figures(subject.name, found, lab.sampling.steps)
         answers += _answers(subject.name, found["inputs"])
     answers += _comparisons(measured)
     return RunRecord(
@@ -88,6 +93,8 @@ def run(lab: Laboratory) -> RunRecord:
             "rotation, and large where activation outliers are compensated by small weights.",
             "Models with c = 10 compute the same function as those without; a seeded twentieth of their modulated "
             "channels is ten times larger, and the weights that read them ten times smaller.",
+            "A histogram counts an input's numbers in units of their root mean square, which a rotation does not "
+            "change; measurements holds those of all inputs, between -histogram_end and histogram_end.",
             interval_notes("the rotation's signs")[0],
         ),
         measurements={
@@ -97,8 +104,14 @@ def run(lab: Laboratory) -> RunRecord:
     )
 
 
+def _found(lab: Laboratory, subject: Subject) -> dict[str, Any]:
+    """`_measure`, from the cache if it was measured before."""
+    key = {"what": "outliers", "subject": subject.name, "config": CONFIG.to_json(), **lab.settings}
+    return lab.cache.numbers(key, partial(_measure, lab, subject))
+
+
 def _measure(lab: Laboratory, subject: Subject) -> dict[str, Any]:
-    """Facts about every input of quantized layers, and the histogram of the one with the largest outliers."""
+    """Facts and a histogram of every input of quantized layers; more of the one with the largest outliers."""
     inputs = lab.inputs(subject)
     config = CONFIG.replace(seed=lab.seed)
     statistics = activation_statistics(subject.model, inputs, config)
@@ -108,19 +121,40 @@ def _measure(lab: Laboratory, subject: Subject) -> dict[str, Any]:
         groups.setdefault(site.input_group, []).append(site.name)
         roles.setdefault(site.input_group, (ROLES.get(site.role, site.role), site.block))
     found = [_facts(subject.model, names, *roles[group], statistics[names[0]]) for group, names in groups.items()]
+    firsts = {entry["layers"][0]: statistics[entry["layers"][0]] for entry in found}
+    histograms = activation_histograms(subject.model, inputs, config, firsts)
+    for entry in found:
+        entry["histogram"] = _sides(histograms[entry["layers"][0]])
     worst = max(found, key=lambda entry: entry["before"]["max_over_median"])
     name = worst["layers"][0]
-    histogram = activation_histograms(subject.model, inputs, config, {name: statistics[name]})[name]
+    at_times = {}
+    for step in shown_steps(len(inputs.timesteps)):
+        only = EvaluationInputs((inputs.latents[step],), (inputs.timesteps[step],), inputs.classes)
+        drawn = activation_histograms(subject.model, only, config, {name: statistics[name]})[name]
+        at_times[str(inputs.timesteps[step])] = _sides(drawn)
     return {
         "timesteps": list(inputs.timesteps),
         "inputs": found,
-        "histogram": {
+        "worst": {
             "input": worst["input"],
-            "edges": histogram.edges.tolist(),
-            "before": histogram.before.tolist(),
-            "after": histogram.after.tolist(),
+            "histograms": at_times,
+            "channel_absmax_by_timestep": {
+                side: part.channel_absmax.T.tolist()
+                for side, part in (("before", statistics[name].before), ("after", statistics[name].after))
+            },
         },
     }
+
+
+def shown_steps(count: int) -> list[int]:
+    """The first, the middle and the last of `count` steps."""
+    return sorted({0, count // 2, count - 1})
+
+
+def _sides(histogram: ActivationHistogram) -> dict[str, Any]:
+    """A histogram as plain lists; its edges are equally far apart between the ends."""
+    densities = {side: getattr(histogram, side).tolist() for side in ("before", "after")}
+    return {"end": float(histogram.edges[-1]), **densities}
 
 
 def _facts(
@@ -161,7 +195,14 @@ def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
             fact: [_rounded(number) for number in value] if isinstance(value, list) else _rounded(value)
             for fact, value in entry[side].items()
         }
-    return {"input": entry["input"], "layers": entry["layers"], "left_db": _rounded(entry["left_db"]), **sides}
+        sides[side]["density"] = [_rounded(number) for number in entry["histogram"][side]]
+    return {
+        "input": entry["input"],
+        "layers": entry["layers"],
+        "left_db": _rounded(entry["left_db"]),
+        "histogram_end": entry["histogram"]["end"],
+        **sides,
+    }
 
 
 def _rounded(number: float) -> float | None:
@@ -214,55 +255,6 @@ def _table(name: str, inputs: Inputs, steps: int) -> Table:
         rows.append(tuple(cells))
     caption = f"{PAIRS} held-out trajectories of {steps} steps; medians over blocks"
     return Table(f"Activations, {name}", tuple(columns), tuple(rows), caption)
-
-
-def _figures(name: str, found: Mapping[str, Any]) -> list[Figure]:
-    histogram, inputs = found["histogram"], found["inputs"]
-    worst = next(entry for entry in inputs if entry["input"] == histogram["input"])
-    where = f"{name}, input of {histogram['input']}"
-    channels = tuple(float(rank + 1) for rank in range(len(worst["before"]["channel_absmax"])))
-    sides = ("before", "after")
-    figures: list[Figure] = [
-        Histogram(
-            f"Activations before and after the rotation, {where}",
-            "activation / root mean square",
-            tuple(histogram["edges"]),
-            tuple(Series(side, tuple(histogram[side])) for side in sides),
-            "the input with the largest channel maximum over the median one",
-        ),
-        Lines(
-            f"Largest magnitude of every channel, {where}",
-            "channel, by magnitude",
-            "largest magnitude",
-            tuple(Series(side, tuple(worst[side]["channel_absmax"]), channels) for side in sides),
-            y_scale="log",
-        ),
-    ]
-    moments: tuple[tuple[str, Callable[[float], float], str], ...] = (
-        ("kurtosis", math.log10, "log10 of the kurtosis (normal: 0.48)"),
-        ("skewness", float, "skewness (symmetric: 0)"),
-    )
-    for fact, shown, label in moments:
-        figures += [_moment_map(name, found, side, fact, shown, label) for side in sides]
-    return figures
-
-
-def _moment_map(
-    name: str, found: Mapping[str, Any], side: str, fact: str, shown: Callable[[float], float], label: str
-) -> Heatmap:
-    """A moment by input and time step; blank where all numbers of a time step are equal."""
-    return Heatmap(
-        f"{fact.capitalize()} {side} the rotation, {name}",
-        tuple(entry["input"] for entry in found["inputs"]),
-        tuple(map(str, found["timesteps"])),
-        tuple(
-            tuple(shown(moment) if math.isfinite(moment) else None for moment in entry[side][f"{fact}_by_timestep"])
-            for entry in found["inputs"]
-        ),
-        label,
-        x_label="time step, in the order of sampling",
-        y_label="input",
-    )
 
 
 def _middle(entries: Inputs, side: str, fact: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,10 @@ class Subject:
 
     source: str
     outlier_factor: float = 1.0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without what was loaded; a process that gets it several times loads it once.
+        return _known, (type(self), self.source, self.outlier_factor)
 
     @property
     def name(self) -> str:
@@ -66,6 +70,11 @@ class Subject:
     def inputs(self, sampling: SamplingConfig, seed: int) -> EvaluationInputs:
         """Held-out noisy latents at every step of the sampler."""
         return evaluation_inputs(self.model, self.scheduler, sampling, seed)
+
+
+@cache
+def _known(kind: type[Subject], source: str, outlier_factor: float) -> Subject:
+    return kind(source, outlier_factor)
 
 
 SUBJECTS = tuple(Subject(source, factor) for factor in (1.0, 10.0) for source in ("digits", "shapes"))

@@ -42,11 +42,9 @@ def amplification(guidance: float, correlation: float) -> float:
 
 def run(lab: Laboratory) -> RunRecord:
     """Errors by time step and block, along trajectories of the same noise, and before and after guidance."""
-    measured = {}
-    for subject in lab.subjects(SUBJECTS):
-        lab.tell(f"timesteps: {subject.name}")
-        key = {"what": "timesteps", "subject": subject.name, "config": CONFIG.to_json(), **lab.settings}
-        measured[subject.name] = lab.cache.numbers(key, partial(_measure, lab, subject))
+    subjects = lab.subjects(SUBJECTS)
+    lab.prepare([partial(_found, subject=subject) for subject in subjects], "errors over time steps")
+    measured = {subject.name: _found(lab, subject) for subject in subjects}
     guidance_rows, guidance_answers = _guidance(measured)
     accumulation_rows, accumulation_answers = _accumulation(measured)
     figures: list[Figure] = []
@@ -79,6 +77,12 @@ def run(lab: Laboratory) -> RunRecord:
             *interval_notes("the rotation's signs and the calibration data"),
         ),
     )
+
+
+def _found(lab: Laboratory, subject: Subject) -> dict[str, Any]:
+    """`_measure`, from the cache if it was measured before."""
+    key = {"what": "timesteps", "subject": subject.name, "config": CONFIG.to_json(), **lab.settings}
+    return lab.cache.numbers(key, partial(_measure, lab, subject))
 
 
 def _measure(lab: Laboratory, subject: Subject) -> dict[str, Any]:

@@ -66,6 +66,32 @@ def _rung_of_quarter(fmt: NumberFormat, device: torch.device) -> Tensor:
     return torch.bucketize(quarters / 4, _rungs(fmt, device, False).thresholds, right=True, out_int32=True)
 
 
+#: Of a float32's 32 bits: what lies below sign, exponent and the first four bits of the mantissa.
+_DROPPED_BITS = 19
+_DROPPED_MASK = (1 << _DROPPED_BITS) - 1
+_PREFIXES = 1 << (32 - _DROPPED_BITS)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _rung_of_prefix(fmt: NumberFormat, device: torch.device) -> Tensor | None:
+    """Rung by the leading bits of a float32, int32 (2 * _PREFIXES,); None for levels that are too fine for it.
+
+    Where every midpoint is a float32 whose dropped bits are zero, the rung of x depends only on the leading bits of x
+    and on whether any dropped bit is set. The sum of the leading bits, rounded down and up, says both: an even number
+    where none is set, an odd one otherwise.
+    """
+    ladder = [level for level, _ in fmt.ladder]
+    midpoints = np.array([(low + high) / 2 for low, high in zip(ladder, ladder[1:], strict=False)], dtype=np.float32)
+    if np.any(midpoints.view(np.int32) & _DROPPED_MASK):
+        return None
+    places = np.arange(-_PREFIXES, _PREFIXES, dtype=np.int64)
+    # The smallest number of every place; those with a dropped bit set begin one above the even one before them.
+    bits = ((places >> 1) << _DROPPED_BITS) + (places & 1)
+    numbers = torch.from_numpy(bits.astype(np.int32)).view(torch.float32).nan_to_num(0.0).to(device)
+    return torch.bucketize(numbers, _rungs(fmt, device, False).thresholds, right=True, out_int32=True)
+
+
 def _rung_index(x: Tensor, fmt: NumberFormat) -> Tensor:
     """Rung of each element, int32, shape of `x`; a NaN gets some rung.
 
@@ -75,8 +101,13 @@ def _rung_index(x: Tensor, fmt: NumberFormat) -> Tensor:
     """
     thresholds = _rungs_for(x, fmt).thresholds
     exact = x.to(thresholds.dtype)
-    if not fmt.is_int8:  # the table would be too large
-        return torch.bucketize(exact.contiguous(), thresholds, right=True, out_int32=True)
+    if not fmt.is_int8:  # the table of quarters would be too large
+        by_prefix = _rung_of_prefix(fmt, x.device) if exact.dtype == torch.float32 else None
+        if by_prefix is None:
+            return torch.bucketize(exact.contiguous(), thresholds, right=True, out_int32=True)
+        bits = exact.contiguous().view(torch.int32)
+        place = (bits >> _DROPPED_BITS).add_((bits + _DROPPED_MASK) >> _DROPPED_BITS).add_(_PREFIXES)
+        return by_prefix.index_select(0, place.flatten()).reshape(x.shape)
     doubled = (exact + exact).clamp_(2 * fmt.levels[0], 2 * fmt.max_level)
     quarter = doubled.floor().add_(doubled.ceil_()).sub_(4 * fmt.levels[0]).nan_to_num_(0.0).to(torch.int32)
     return _rung_of_quarter(fmt, x.device).index_select(0, quarter.flatten()).reshape(x.shape)

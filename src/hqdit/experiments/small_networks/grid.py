@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from hqdit.experiments.small_networks.training import (
 )
 from hqdit.formats.catalog import E2M1, FP4_FORMATS
 from hqdit.numerics.error import sqnr_db
-from hqdit.progress import track
 from hqdit.records.run_record import Interval
 from hqdit.transforms.rotation import plan_rotation
 
@@ -151,6 +150,27 @@ class NetworkResult:
         return rotations / products
 
 
+def _results(lab: Laboratory, recipe: Recipe, case: Case, seeds: int) -> list[dict[str, Any]]:
+    """What `compare` says of one case for every draw of signs, from the cache if it was asked before."""
+    facts: dict[str, Any] = {
+        "what": "beyond-dit",
+        "recipe": dataclasses.asdict(recipe),
+        "data": data_digest(recipe),
+        "calibration_seed": lab.seed,
+        "case": dataclasses.asdict(case),
+    }
+    results = []
+    for seed in range(lab.seed, lab.seed + (1 if case.rotation == "none" else seeds)):
+        setting = Setting(case.rotation, FORMATS[case.formats], case.has_gptq, seed)
+
+        def judge(setting: Setting = setting) -> dict[str, Any]:
+            found, calibration = trained(lab.cache, recipe), calibration_inputs(recipe, lab.seed)
+            return compare(found.network, setting, case.factor, calibration, found.examples)
+
+        results.append(lab.cache.numbers({**facts, "seed": seed}, judge))
+    return results
+
+
 @torch.no_grad()
 def measure_network(lab: Laboratory, recipe: Recipe, factors: tuple[float, ...], seeds: int) -> NetworkResult:
     """Train (or take from the cache) and quantize in every way; results of earlier runs come from the cache.
@@ -162,25 +182,10 @@ def measure_network(lab: Laboratory, recipe: Recipe, factors: tuple[float, ...],
         seeds: draws of random signs of every rotation.
     """
     found = trained(lab.cache, recipe)
-    calibration = calibration_inputs(recipe, lab.seed)
-    facts: dict[str, Any] = {
-        "what": "beyond-dit",
-        "recipe": dataclasses.asdict(recipe),
-        "data": data_digest(recipe),
-        "calibration_seed": lab.seed,
-    }
-    outcomes = {}
     grid = [Case(*values) for values in itertools.product(factors, FORMATS, (False, True), ROTATIONS)]
-    for case in track(grid, f"settings of the {recipe.shape.kind}"):
-        results = []
-        for seed in range(lab.seed, lab.seed + (1 if case.rotation == "none" else seeds)):
-            setting = Setting(case.rotation, FORMATS[case.formats], case.has_gptq, seed)
-
-            def judge(setting: Setting = setting, factor: float = case.factor) -> dict[str, Any]:
-                return compare(found.network, setting, factor, calibration, found.examples)
-
-            results.append(lab.cache.numbers({**facts, "case": dataclasses.asdict(case), "seed": seed}, judge))
-        outcomes[case] = Outcome.of(results)
+    jobs = [partial(_results, recipe=recipe, case=case, seeds=seeds) for case in grid]
+    lab.prepare(jobs, f"settings of the {recipe.shape.kind}")
+    outcomes = {case: Outcome.of(_results(lab, recipe, case, seeds)) for case in grid}
     exact = centered(found.network(found.examples.inputs))
     float32_db = {}
     for factor in factors:
