@@ -206,8 +206,10 @@ def _prepare(lab: Laboratory, subjects: Sequence[Subject], bit_widths: Sequence[
     for subject in subjects:
         cells.append(partial(noise_floor, subject=subject))
         # The exponent search takes longest; begun last, it would keep one worker busy after the others.
-        for method in sorted(METHODS, key=lambda name: not method_config(name).format_search):
-            cells += [methodcaller("score", subject, method_config(method, bits)) for bits in bit_widths]
+        slow_first = sorted(METHODS, key=lambda name: not method_config(name).format_search)
+        # With 8-bit weights some methods are the same.
+        configs = dict.fromkeys(method_config(method, bits) for method in slow_first for bits in bit_widths)
+        cells += [methodcaller("score", subject, config) for config in configs]
         for method in DRAWN_METHODS:
             config = method_config(method)
             cells += [methodcaller("score", subject, config, draw=draw) for draw in _draws_of(lab, method)[1:]]

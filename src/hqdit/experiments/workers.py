@@ -82,10 +82,10 @@ class Workers:
 
     def close(self) -> None:
         """End the processes, also those in the middle of a job."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
-            process.join()
+        # Notices that its processes have ended, and then ends its own threads and queues.
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
