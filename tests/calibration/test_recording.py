@@ -111,6 +111,7 @@ def test_both_kinds_of_files_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [b"", b"{", b"[]", b'{"calls": []}', b'{"model_class": "M", "calls": [{"args": {"tuple": [{"tensor": "x"}]}}]}']
+    + [b'{"model_class": "M", "calls": [{"args": {"tuple": []}, "kwargs": {"dict": 5}}]}']
     + [b'{"model_class": "M", "calls": [{"args": 1, "kwargs": {"dict": {}}}]}', b"\xff", b"[" * 100_000],
 )
 def test_broken_structure(tmp_path: Path, damage: bytes) -> None:
@@ -131,10 +132,25 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
     require_complete(info.value, "a.safetensors")
 
 
-def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="object"):
-        RecordedCalls((ModelCall((object(),)),), "Model").save(tmp_path / "x.safetensors")
+@pytest.mark.parametrize("value", [object(), {1: 2}, torch.Size([1, 2]), torch.device("cpu")], ids=repr)
+def test_what_cannot_be_written_is_refused(tmp_path: Path, value: object) -> None:
+    with pytest.raises(UsageError, match=type(value).__name__):
+        RecordedCalls((ModelCall((value,)),), "Model").save(tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_with_dots_and_repeated_tensors_stay_apart(tmp_path: Path) -> None:
+    one, zero = torch.ones(2), torch.zeros(2)
+    calls = RecordedCalls((ModelCall((), {"a.b": one, "a": {"b": zero}}), ModelCall((one,), {"c": one})), "Model")
+    calls.save(tmp_path / "x.safetensors")
+    found = RecordedCalls.from_file(tmp_path / "x.safetensors")
+    assert found.fingerprint == calls.fingerprint
+    assert torch.equal(found.recorded[0].kwargs["a.b"], one) and torch.equal(found.recorded[0].kwargs["a"]["b"], zero)
+
+
+def test_complex_numbers_have_to_be_finite() -> None:
+    with pytest.raises(NumericsError, match="NaN"):
+        RecordedCalls((ModelCall((torch.tensor([complex(0, torch.nan)]),)),), "Model")
 
 
 def test_bad_calls_are_refused() -> None:

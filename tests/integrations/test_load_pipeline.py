@@ -21,6 +21,8 @@ def test_a_pipeline_with_an_autoencoder_runs_through_diffusers(tmp_path):
     assert isinstance(pipe, DiTPipeline)
     assert any(isinstance(module, hqdit.HQLinear) for module in pipe.transformer.modules())
     assert pipe.get_label_ids(["rooster"]) == [7]
+    pipe.transformer.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").is_file()
     pipe.set_progress_bar_config(disable=True)
     run = {"class_labels": [7, 0], "num_inference_steps": 2, "output_type": "np"}
     images = pipe(**run, generator=torch.manual_seed(0)).images

@@ -337,6 +337,15 @@ def test_layers_that_the_model_does_not_have(original: Path, tmp_path: Path) -> 
     require_refused(broken(original, tmp_path / "x", rename), "nowhere")
 
 
+def test_time_frequencies_of_a_converted_model_that_diffusers_loaded_alone(tmp_path: Path) -> None:
+    model = tiny_dit()
+    model.register_to_config(_downscale_freq_shift=0)
+    hqdit.save(model, tmp_path / "float")
+    found = hqdit.quantize(from_pretrained(tmp_path / "float"), QuantizationConfig(gptq=False))
+    expected = hqdit.quantize(hqdit.load(tmp_path / "float"), QuantizationConfig(gptq=False))
+    assert torch.equal(predicted(found), predicted(expected))
+
+
 @pytest.mark.parametrize("is_quantized", [False, True])
 def test_time_frequencies_of_converted_models(tmp_path: Path, is_quantized: bool) -> None:
     # diffusers passes over the key; without it the model would embed its time steps in another way.

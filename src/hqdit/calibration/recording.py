@@ -53,7 +53,8 @@ class RecordedCalls:
             )
         for number, call in enumerate(self.recorded):
             for name, tensor in _named_tensors(call):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                is_number = tensor.is_floating_point() or tensor.is_complex()
+                if is_number and not bool(torch.isfinite(tensor).all()):
                     raise NumericsError(
                         f"calibration ({self.origin}): {name} of call {number} holds NaN or infinity, needed finite "
                         "numbers. Fix: sample in float32, or remove this call"
@@ -171,7 +172,7 @@ class RecordedCalls:
             if not all(isinstance(call.args, tuple) and isinstance(call.kwargs, dict) for call in calls):
                 raise TypeError("arguments are no tuple and dictionary")
             model_class = str(described["model_class"])
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (AttributeError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: found no calls that can be read ({error!r}), needed a file of RecordedCalls.save. "
                 "Fix: record the calls again"
@@ -186,9 +187,9 @@ class RecordedCalls:
         """
         text = json.dumps(_structure(self)).encode()
         tensors = {
-            f"{n}.{name}": tensor.contiguous()
-            for n, c in enumerate(self.recorded)
-            for name, tensor in _named_tensors(c)
+            f"{number}.{place}": tensor.clone(memory_format=torch.contiguous_format)
+            for number, call in enumerate(self.recorded)
+            for place, (_, tensor) in enumerate(_named_tensors(call))
         }
         write_safetensors({_STRUCTURE: torch.frombuffer(bytearray(text), dtype=torch.uint8), **tensors}, Path(path))
 
@@ -200,7 +201,7 @@ def read_calibration(path: str | Path) -> CalibrationData:
 
 
 def _named_tensors(call: ModelCall) -> list[tuple[str, Tensor]]:
-    """Path -> tensor of everything in a call, in a fixed order."""
+    """(path, tensor) of everything in a call, in a fixed order; paths are for messages and need not be unique."""
     found: list[tuple[str, Tensor]] = []
 
     def walk(value: Any, path: str) -> None:
@@ -222,7 +223,7 @@ def _structure(calls: RecordedCalls) -> dict[str, Any]:
     """Everything but the tensors, as plain values; a tensor becomes {"tensor": its name in the file}."""
     described = []
     for number, call in enumerate(calls.recorded):
-        names = iter([f"{number}.{name}" for name, _ in _named_tensors(call)])
+        names = iter([f"{number}.{place}" for place, _ in enumerate(_named_tensors(call))])
         args = _described(call.args, names)
         described.append({"args": args, "kwargs": _described(dict(call.kwargs), names)})
     return {"model_class": calls.model_class, "calls": described}
@@ -231,15 +232,16 @@ def _structure(calls: RecordedCalls) -> dict[str, Any]:
 def _described(value: Any, names: Iterator[str]) -> Any:
     if isinstance(value, Tensor):
         return {_TENSOR: next(names)}
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return {type(value).__name__: [_described(item, names) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": {str(key): _described(item, names) for key, item in value.items()}}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _described(item, names) for key, item in value.items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise UsageError(
-        f"calibration: found an argument of type {type(value).__name__}, needed tensors and plain values. "
-        "Fix: keep these calls in memory, or call the pipeline without this argument"
+        f"calibration: found an argument of type {type(value).__name__}, needed tensors, plain values, and lists, "
+        "tuples and dictionaries with text for keys. Fix: keep these calls in memory, or call the pipeline without "
+        "this argument"
     )
 
 

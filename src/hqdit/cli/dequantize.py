@@ -12,7 +12,9 @@ from hqdit.cli.options import Debug, JsonFile, Out, Overwrite, Quiet, require_js
 def dequantize(
     source: Annotated[str, typer.Argument(metavar="MODEL", help="Quantized model or pipeline folder.")],
     out: Out,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 for all tensors.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; what a class keeps in float32 stays.")
+    ] = "float32",
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,

@@ -145,6 +145,13 @@ def quantize(
         if isinstance(adapter_for(model), ClassConditionalAdapter):
             load_scheduler(folder)  # a broken one is found now, not when somebody samples
         is_drawn = given is None and config.needs_calibration
+        if prompts is not None and not is_drawn:
+            raise UsageError(
+                f"--prompts: found {prompts} where no calibration data is drawn, needed a request that draws some. "
+                "Fix: leave out --prompts, or --calibration and --no-gptq"
+            )
+        if (folder.root / "transformer_2").is_dir() and not quiet:
+            say(f"{folder.root}: transformer_2 stays as it is; hqdit.quantize(pipeline) takes both")
         if is_drawn:
             request.require_fits(model, folder)
         plan = plan_quantization(model, config)

@@ -11,6 +11,7 @@ from diffusers import DiTPipeline
 from torch import nn
 
 from hqdit.errors import CheckpointError, reason_of
+from hqdit.integrations.attachment import attach
 from hqdit.integrations.pixel_pipeline import PixelDiTPipeline
 from hqdit.models.adapter import ClassConditionalAdapter, adapter_for
 from hqdit.models.precision import to_dtype
@@ -37,7 +38,7 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, device: 
         EnvironmentUnavailable: a hub id, and the hub cannot be reached.
     """
     folder = find_model(path)
-    return pipeline_around(to_dtype(load_folder(folder), dtype, device), folder, dtype, device)
+    return pipeline_around(attach(to_dtype(load_folder(folder), dtype, device)), folder, dtype, device)
 
 
 def pipeline_around(
@@ -57,9 +58,9 @@ def _pipeline_of_index(transformer: nn.Module, folder: ModelFolder, dtype: torch
     where = folder.root / PIPELINE_INDEX_NAME
     index = read_json(where, f"the model_index.json of a pipeline around a {type(transformer).__name__}")
     # A pipeline that was saved without some of its components, as for embeddings from elsewhere, has none of them here.
-    components = {name: None for name, entry in index.items() if entry == [None, None]} | {"transformer": transformer}
+    given = {name: None for name, entry in index.items() if entry == [None, None]} | {"transformer": transformer}
     try:
-        return _pipeline_class(index).from_pretrained(folder.root, **components, **{_DTYPE: dtype})
+        return _pipeline_class(index).from_pretrained(folder.root, **given, use_safetensors=True, **{_DTYPE: dtype})
     except Exception as error:  # whatever comes out of a loader that does not expect these files
         raise CheckpointError(
             f"{where}: found a pipeline that cannot be loaded ({reason_of(error)}), needed one whose components are "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hqdit.errors import CheckpointError
 from hqdit.integrations.arriving_weights import ArrivingWeights
-from hqdit.integrations.model_tensors import get_tensor, set_tensor
+from hqdit.integrations.model_tensors import get_tensor, is_one_kind, set_tensor
 from hqdit.layers.linear import HQLinear
 from hqdit.pipeline.checkpoint import require_sound
 from hqdit.pipeline.description import place_empty_layers, read_description
@@ -73,9 +73,10 @@ class QuantizedWeights(ArrivingWeights):
                 )
             alias_dtype = self._dtype(alias, load_dtype)
             # Of two that are equal in the file only one may have to stay in float32.
-            is_equal = alias_dtype == dtype
+            held = get_tensor(self._model, name)
+            is_held = alias_dtype == dtype and is_one_kind(held, get_tensor(self._model, alias))
             set_tensor(
-                self._model, alias, get_tensor(self._model, name) if is_equal else stored.to(device, alias_dtype)
+                self._model, alias, held.requires_grad_(False) if is_held else stored.to(device, alias_dtype, copy=True)
             )
 
     def _finished(self) -> QuantizationRecord:

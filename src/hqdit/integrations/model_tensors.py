@@ -27,9 +27,20 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def tie(model: nn.Module, shared: dict[str, str]) -> None:
-    """Hold equal tensors once: every name in `shared` gets the tensor of the name that it maps to."""
+    """Hold equal tensors once: every name in `shared` gets the tensor of the name that it maps to.
+
+    Parameters that are held for several places are frozen, because an update would reach all of them. A parameter and
+    a buffer stay apart.
+    """
     for alias, stored in shared.items():
-        set_tensor(model, alias, get_tensor(model, stored))
+        tensor = get_tensor(model, stored)
+        if is_one_kind(tensor, get_tensor(model, alias)):
+            set_tensor(model, alias, tensor.requires_grad_(False))
+
+
+def is_one_kind(one: Tensor, other: Tensor) -> bool:
+    """Whether both are parameters or both buffers."""
+    return isinstance(one, nn.Parameter) == isinstance(other, nn.Parameter)
 
 
 def without_aliases(tensors: dict[str, Tensor], shared: dict[str, str]) -> dict[str, Tensor]:

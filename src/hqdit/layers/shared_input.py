@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from hqdit.kernels.activation import QuantizedActivation
@@ -26,18 +27,26 @@ class SharedInput:
     def __init__(self, readers: int) -> None:
         self._readers = readers
         self._source: Tensor | None = None
+        self._version = 0
         self._activation: QuantizedActivation | None = None
         self._served: tuple[str, ...] = ()
 
     def quantized(self, layer: HQLinear, x: Tensor) -> QuantizedActivation:
         """What `layer.quantize_input(x)` gives.
 
-        A layer that asks a second time starts anew: the tensor may have been written to since.
+        A tensor that was written to since is quantized anew. In inference mode, where torch does not count writes,
+        every layer quantizes its input by itself.
         """
+        # Neither can be asked while a graph is traced, where no attention of diffusers writes to such a tensor.
+        is_traced = torch.compiler.is_compiling()
+        if not is_traced and x.is_inference():
+            return layer.quantize_input(x)
+        version = 0 if is_traced else x._version
         activation = self._activation
-        if activation is None or self._source is not x or layer.spec.name in self._served:
+        is_known = self._source is x and self._version == version and layer.spec.name not in self._served
+        if activation is None or not is_known:
             activation = layer.quantize_input(x)
-            self._source, self._activation, self._served = x, activation, ()
+            self._source, self._version, self._activation, self._served = x, version, activation, ()
         self._served = (*self._served, layer.spec.name)
         if len(self._served) == self._readers:
             self._source, self._activation, self._served = None, None, ()

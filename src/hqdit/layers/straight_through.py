@@ -32,5 +32,5 @@ class StraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_input = gradient @ ctx.layer.delivered_weight().to(gradient.dtype)
         if ctx.needs_input_grad[1]:
-            of_bias = gradient.flatten(0, -2).sum(dim=0)
+            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0)
         return of_input, of_bias, None

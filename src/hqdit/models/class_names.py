@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _by_number(labels: Any, where: Path) -> dict[int, str]:
         raise CheckpointError(f"{where}: found a {type(labels).__name__}, needed {_FORMS}. Fix: correct it")
     names = {}
     for number, name in labels.items():
-        if not str(number).isdecimal() or not isinstance(name, str) or not name.strip():
+        if not re.fullmatch("[0-9]{1,9}", str(number)) or not isinstance(name, str) or not name.strip():
             raise CheckpointError(
                 f"{where}: found the class {number!r:.60} with the name {name!r:.60}, needed a number and a text. "
                 "Fix: correct the file"
@@ -90,8 +91,7 @@ def choose_classes(text: str, names: Mapping[int, str]) -> list[int]:
 
 
 def _choose(entry: str, text: str, numbers_of: Mapping[str, list[int]]) -> int:
-    digits = entry.removeprefix("-").removeprefix("+")
-    if digits.isdecimal():
+    if re.fullmatch(r"[+-]?[0-9]{1,9}", entry):
         return int(entry)
     found = numbers_of.get(entry.casefold(), [])
     if len(found) == 1:

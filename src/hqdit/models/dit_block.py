@@ -111,7 +111,9 @@ def share_embedders(model: nn.Module) -> None:
     expected = first.emb.state_dict()
     for norm in others:
         state = norm.emb.state_dict()
-        if not all(torch.equal(state[name], tensor) for name, tensor in expected.items()):
+        # Blocks on different devices keep their own.
+        pairs = [(state[name], tensor) for name, tensor in expected.items()]
+        if not all(one.device == other.device and torch.equal(one, other) for one, other in pairs):
             return
     for norm in others:
         norm.emb = first.emb

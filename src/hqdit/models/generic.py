@@ -26,10 +26,15 @@ class GenericAdapter(ModelAdapter):
     def sites(self, model: nn.Module) -> list[LinearSite]:
         found = []
         for index, (at, block) in enumerate(_named_blocks(model)):
-            layers = [name for name, module in block.named_modules() if is_matrix_layer(module) and not _embeds(name)]
+            layers = [name for name, module in block.named_modules() if _is_called(module) and not _embeds(name)]
             names = [f"{at}.{name}" for name in layers]
             found += [LinearSite(name, "other", index, stage, name) for stage, name in enumerate(names)]
         return found
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether it is a matrix layer; those of `nn.MultiheadAttention` are read by it and never called."""
+    return is_matrix_layer(module) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def _embeds(name: str) -> bool:

@@ -31,6 +31,9 @@ DEFAULT_SCHEDULER: dict[str, Any] = {
     "clip_sample": False,
 }
 
+#: What is taken of a repository: data, and neither pickles nor code. Tokenizers have the last two.
+DATA_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
 #: Old hub checkpoints say Transformer2DModel; by its norm_type it is one of today's classes.
 _LEGACY_CLASS = "Transformer2DModel"
 _LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
@@ -111,7 +114,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(repository, allow_patterns=list(DATA_FILES)))
     except HFValidationError as error:
         raise CheckpointError(
             f"{repository}: found no such folder and no valid hub id ({reason_of(error)}), needed one of both. "

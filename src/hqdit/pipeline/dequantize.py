@@ -50,6 +50,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     _untie(model)
     if hasattr(model, "quantization_record"):
         del model.quantization_record
+    if hasattr(model, "source_dtypes"):
+        del model.source_dtypes  # of the float model that was quantized; this one is stored as it is
     return model
 
 
@@ -74,6 +76,7 @@ def _untie(model: nn.Module) -> None:
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             address = tensor.untyped_storage().data_ptr()
             if address in seen:
+                own = tensor.detach().clone()
                 is_parameter = isinstance(tensor, nn.Parameter)
-                setattr(module, name, nn.Parameter(tensor.clone()) if is_parameter else tensor.clone())
+                setattr(module, name, nn.Parameter(own, tensor.requires_grad) if is_parameter else own)
             seen.add(address)

@@ -11,6 +11,7 @@ from hqdit.errors import UsageError
 from hqdit.layers.linear import HQLinear
 from hqdit.layers.matrix_layers import is_matrix_layer, matrix_shape
 from hqdit.models.adapter import LinearSite, adapter_for
+from hqdit.models.precision import stays_in_float32
 from hqdit.pipeline.config import SELECT_FP4, QuantizationConfig
 from hqdit.quantizers.spec import ActivationSpec, LinearSpec, WeightSpec, require_group_size
 from hqdit.transforms.rotation import RotationSpec, plan_rotation
@@ -79,16 +80,10 @@ def _smoothing_place(site: LinearSite, modulated: list[str], config: Quantizatio
 
 
 def _reason(site: LinearSite, model: nn.Module, config: QuantizationConfig) -> str:
-    if _stays_in_float32(site, model):
+    if stays_in_float32(model, site.name):
         return "its class keeps it in float32"
     is_switched_off = site.is_modulation and not config.modulation
     return "modulation, which stays as it is without --modulation" if is_switched_off else "excluded by name"
-
-
-def _stays_in_float32(site: LinearSite, model: nn.Module) -> bool:
-    """Whether the site lies in a module that diffusers loads in float32 whatever dtype is asked for."""
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return not set(site.name.split(".")).isdisjoint(kept)
 
 
 def _draft(layer: PlannedLayer, config: QuantizationConfig) -> LinearSpec:
@@ -123,12 +118,13 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
     chosen = _matching(config.include, names, "--include")
     if config.exclude:
         chosen -= _matching(config.exclude, names, "--exclude")
-    chosen -= {site.name for site in sites if _stays_in_float32(site, model)}
+    chosen -= {site.name for site in sites if stays_in_float32(model, site.name)}
     if not config.modulation:
         chosen -= {site.name for site in sites if site.is_modulation}
     if not chosen:
         raise UsageError(
-            "--exclude: found patterns that leave no layer, needed at least one. Fix: exclude fewer layers"
+            "--include, --exclude, --no-modulation: found that they leave no layer that is not kept in float32, needed "
+            "at least one. Fix: exclude fewer layers"
         )
     layers = []
     modulated = adapter.modulated_groups(model)

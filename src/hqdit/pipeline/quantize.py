@@ -11,6 +11,8 @@ from hqdit.calibration.capture import BlockStream, CalibrationData
 from hqdit.errors import CheckpointError, NumericsError, UsageError
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import adapter_for
+from hqdit.models.precision import stays_in_float32
+from hqdit.models.source import set_time_frequencies
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.input_group import InputGroup
 from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan, plan_quantization
@@ -45,6 +47,8 @@ def quantize(
     """
     config = config or QuantizationConfig()
     _require_float32(model)
+    # A model that diffusers' own loader made has passed over this key of its configuration.
+    set_time_frequencies(model, getattr(model, "config", {}), type(model).__name__)
     plan = plan_quantization(model, config)
     if model.training:
         raise UsageError(
@@ -116,7 +120,8 @@ def _storage_dtypes(model: nn.Module, config: QuantizationConfig) -> dict[str, t
     dtypes = {}
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
-            dtypes[name] = asked or of_source.get(name, tensor.dtype)
+            keep = None if stays_in_float32(model, name) else asked
+            dtypes[name] = keep or of_source.get(name, tensor.dtype)
             if not bool(torch.isfinite(tensor.to(dtypes[name])).all()):
                 raise NumericsError(
                     f"{name}: found numbers up to {float(tensor.abs().max()):.3g}, which {dtypes[name]} cannot hold, "
