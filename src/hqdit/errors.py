@@ -41,3 +41,15 @@ class EnvironmentUnavailable(HQDiTError):
     """Something outside is missing: the hub, an extra, a backend, a device (exit code 6)."""
 
     exit_code = 6
+
+
+class IntegrityError(HQDiTError):
+    """Files that are not those that their manifest lists (exit code 7)."""
+
+    exit_code = 7
+
+
+class LockedError(HQDiTError):
+    """An output that another run is working on (exit code 8)."""
+
+    exit_code = 8
