@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel
 
+from hqdit.calibration.recording import RecordedCalls
 from hqdit.calibration.samples import CalibrationSet
 from hqdit.kernels.selection import BACKENDS
 from hqdit.sampling.sampler import SamplingConfig
@@ -166,3 +167,35 @@ def tiny_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
         torch.manual_seed(seed)
         model = FluxTransformer2DModel(**{**settings, **changes})
     return model.eval()
+
+
+FLUX_STEPS = 3
+
+
+def flux_pipeline(model: Any) -> Any:
+    """diffusers' pipeline around `model`, without text encoders and autoencoder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline  # slow: brings in transformers
+
+    pipeline = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, model)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def flux_arguments(seed: int, **changes: Any) -> dict[str, Any]:
+    """Arguments of one call of the pipeline whose text has been encoded already."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "prompt_embeds": torch.randn(1, 5, 8, generator=random),
+        "pooled_prompt_embeds": torch.randn(1, 8, generator=random),
+        "num_inference_steps": FLUX_STEPS,
+        "height": 64,
+        "width": 64,
+        "output_type": "latent",
+        **changes,
+    }
+
+
+def flux_calls(samples: int = 100, seed: int = 0, prompts: int = 2) -> RecordedCalls:
+    """Calls of `tiny_flux()` while its pipeline samples."""
+    inputs = [flux_arguments(number) for number in range(prompts)]
+    return RecordedCalls.from_pipeline(flux_pipeline(tiny_flux()), inputs, samples, seed)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hqdit.calibration.recording import RecordedCalls
     from hqdit.calibration.samples import CalibrationSet
     from hqdit.errors import HQDiTError
     from hqdit.integrations.load_pipeline import load_pipeline
@@ -29,6 +30,7 @@ _HOME_OF = {
     "QuantizationConfig": "hqdit.pipeline.config",
     "load": "hqdit.pipeline.checkpoint",
     "load_pipeline": "hqdit.integrations.load_pipeline",
+    "RecordedCalls": "hqdit.calibration.recording",
     "quantize": "hqdit.pipeline.quantize",
     "save": "hqdit.pipeline.checkpoint",
 }
@@ -39,6 +41,7 @@ __all__ = [
     "HQLinear",
     "PixelDiTPipeline",
     "QuantizationConfig",
+    "RecordedCalls",
     "__version__",
     "load",
     "load_pipeline",

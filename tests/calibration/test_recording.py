@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
-from tiny import ddim, latent_dit, random_calibration, require_complete, tiny_flux, tiny_vae
+from tiny import (
+    FLUX_STEPS,
+    ddim,
+    flux_arguments,
+    flux_calls,
+    flux_pipeline,
+    latent_dit,
+    random_calibration,
+    require_complete,
+    tiny_flux,
+    tiny_vae,
+)
 
 from hqdit.calibration.recording import RecordedCalls, read_calibration
 from hqdit.calibration.samples import CalibrationSet
@@ -20,33 +30,6 @@ from hqdit.models.calls import ModelCall, map_tensors
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
 
-STEPS = 3
-
-
-def flux_pipeline(model: Any) -> FluxPipeline:
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    pipeline = FluxPipeline(scheduler, None, None, None, None, None, model)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def prompt(seed: int, **changes: Any) -> dict[str, Any]:
-    """Arguments of one pipeline call whose text has been encoded already."""
-    random = torch.Generator().manual_seed(seed)
-    return {
-        "prompt_embeds": torch.randn(1, 5, 8, generator=random),
-        "pooled_prompt_embeds": torch.randn(1, 8, generator=random),
-        "num_inference_steps": STEPS,
-        "height": 64,
-        "width": 64,
-        "output_type": "latent",
-        **changes,
-    }
-
-
-def recorded(samples: int = 100, seed: int = 0, prompts: int = 2) -> RecordedCalls:
-    return RecordedCalls.from_pipeline(flux_pipeline(tiny_flux()), [prompt(n) for n in range(prompts)], samples, seed)
-
 
 def test_every_call_is_kept_when_there_is_room() -> None:
     model = tiny_flux()
@@ -54,22 +37,22 @@ def test_every_call_is_kept_when_there_is_room() -> None:
     handle = model.register_forward_pre_hook(
         lambda _m, _a, kwargs: seen.append(kwargs["hidden_states"].clone()), with_kwargs=True
     )
-    calls = RecordedCalls.from_pipeline(flux_pipeline(model), [prompt(0), prompt(1)], 100)
+    calls = RecordedCalls.from_pipeline(flux_pipeline(model), [flux_arguments(0), flux_arguments(1)], 100)
     handle.remove()
-    assert len(calls) == len(seen) == 2 * STEPS and calls.model_class == "FluxTransformer2DModel"
+    assert len(calls) == len(seen) == 2 * FLUX_STEPS and calls.model_class == "FluxTransformer2DModel"
     for call, hidden in zip(calls.calls(model), seen, strict=True):
         assert torch.equal(call.kwargs["hidden_states"], hidden)
         assert call(model)[0].shape == hidden.shape  # a call can be made again, with everything it had
     assert not model._forward_pre_hooks
     # Time steps of both trajectories, and a noise of its own for each.
-    assert len({float(call.kwargs["timestep"]) for call in calls.recorded}) == STEPS
-    assert not torch.equal(seen[0], seen[STEPS])
+    assert len({float(call.kwargs["timestep"]) for call in calls.recorded}) == FLUX_STEPS
+    assert not torch.equal(seen[0], seen[FLUX_STEPS])
 
 
 def test_choice_and_noise_come_from_the_seed() -> None:
-    assert recorded(4).fingerprint == recorded(4).fingerprint
-    assert len({recorded(4, seed).fingerprint for seed in range(3)}) == 3
-    every, some = recorded(100), recorded(4)
+    assert flux_calls(4).fingerprint == flux_calls(4).fingerprint
+    assert len({flux_calls(4, seed).fingerprint for seed in range(3)}) == 3
+    every, some = flux_calls(100), flux_calls(4)
     positions = [
         next(
             place
@@ -84,7 +67,7 @@ def test_choice_and_noise_come_from_the_seed() -> None:
 def test_a_given_generator_is_used() -> None:
     run = [
         RecordedCalls.from_pipeline(
-            flux_pipeline(tiny_flux()), [prompt(0, generator=torch.Generator().manual_seed(5))], seed=seed
+            flux_pipeline(tiny_flux()), [flux_arguments(0, generator=torch.Generator().manual_seed(5))], seed=seed
         )
         for seed in (0, 1)
     ]
@@ -93,7 +76,7 @@ def test_a_given_generator_is_used() -> None:
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    calls = recorded(5)
+    calls = flux_calls(5)
     calls.save(tmp_path / "calls.safetensors")
     found = read_calibration(tmp_path / "calls.safetensors")
     assert isinstance(found, RecordedCalls)
@@ -132,7 +115,7 @@ def test_both_kinds_of_files_are_told_apart(tmp_path: Path) -> None:
 )
 def test_broken_structure(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "x.safetensors"
-    recorded(2).save(path)
+    flux_calls(2).save(path)
     tensors = load_file(path)
     tensors["calls.json"] = torch.frombuffer(bytearray(damage or b" "), dtype=torch.uint8)
     save_file(tensors, path)
@@ -161,11 +144,11 @@ def test_bad_calls_are_refused() -> None:
     with pytest.raises(NumericsError, match=r"kwargs\.hidden_states of call 1"):
         RecordedCalls((ModelCall((torch.ones(1),)), bad), "Model")
     with pytest.raises(NumericsError, match="FluxTransformer2DModel"):
-        recorded(2).require_fits(latent_dit())
+        flux_calls(2).require_fits(latent_dit())
     for inputs, samples, component in (
         ([], 3, "transformer"),
-        ([prompt(0)], 0, "transformer"),
-        ([prompt(0)], 3, "vae"),
+        ([flux_arguments(0)], 0, "transformer"),
+        ([flux_arguments(0)], 3, "vae"),
     ):
         with pytest.raises(UsageError) as info:
             RecordedCalls.from_pipeline(flux_pipeline(tiny_flux()), inputs, samples, component=component)
@@ -173,8 +156,8 @@ def test_bad_calls_are_refused() -> None:
 
 
 def test_half_precision_calls_fit_a_float32_model() -> None:
-    narrow = {key: prompt(0)[key].to(torch.bfloat16) for key in ("prompt_embeds", "pooled_prompt_embeds")}
-    calls = RecordedCalls.from_pipeline(flux_pipeline(tiny_flux().to(torch.bfloat16)), [prompt(0, **narrow)])
+    narrow = {key: flux_arguments(0)[key].to(torch.bfloat16) for key in ("prompt_embeds", "pooled_prompt_embeds")}
+    calls = RecordedCalls.from_pipeline(flux_pipeline(tiny_flux().to(torch.bfloat16)), [flux_arguments(0, **narrow)])
     assert calls.recorded[0].kwargs["hidden_states"].dtype == torch.bfloat16
     model = tiny_flux()
     assert {tensor.dtype for call in calls.calls(model) for tensor in _floats(call)} == {torch.float32}
@@ -187,7 +170,7 @@ def _floats(call: ModelCall) -> list[torch.Tensor]:
 @pytest.mark.parametrize("smoothing", [None, 0.5])
 def test_a_model_without_classes_is_quantized_with_gptq(smoothing: float | None) -> None:
     config = QuantizationConfig(smoothing=smoothing)
-    model, exact, calls = tiny_flux(), tiny_flux(), recorded(6)
+    model, exact, calls = tiny_flux(), tiny_flux(), flux_calls(6)
     quantize(model, config, calls)
     methods = {entry["method"] for entry in model.quantization_record.layers.values()}
     assert methods == {"gptq"}
@@ -202,8 +185,8 @@ def test_a_model_without_classes_is_quantized_with_gptq(smoothing: float | None)
 def test_a_pipeline_of_a_class_conditional_model_is_recorded_too() -> None:
     pipeline = DiTPipeline(latent_dit(num_embeds_ada_norm=1000), tiny_vae(), ddim())
     pipeline.set_progress_bar_config(disable=True)
-    inputs = [{"class_labels": [1, 2], "num_inference_steps": STEPS, "output_type": "np"}]
+    inputs = [{"class_labels": [1, 2], "num_inference_steps": FLUX_STEPS, "output_type": "np"}]
     calls = RecordedCalls.from_pipeline(pipeline, inputs)
-    assert len(calls) == STEPS and calls.model_class == "DiTTransformer2DModel"
+    assert len(calls) == FLUX_STEPS and calls.model_class == "DiTTransformer2DModel"
     model = quantize(latent_dit(num_embeds_ada_norm=1000), QuantizationConfig(), calls)
     assert json.dumps(model.quantization_record.calibration)

@@ -352,7 +352,7 @@ def test_every_instruction_set_has_its_line() -> None:
 
 CONFIGS = (
     QuantizationConfig(),
-    QuantizationConfig(weights="e2m1", rotation="none", gptq=False),
+    QuantizationConfig(weights="e2m1", rotation="none", gptq=False, modulation=False),
     QuantizationConfig(
         format_granularity="channel", activation_granularity="channel-token", fold_value_rotation=True, gptq=False
     ),
@@ -429,7 +429,7 @@ def test_keys_of_the_request(descriptions: list[dict[str, Any]]) -> None:
     documented = table_of_keys("config")
     require_keys([description["config"] for description in descriptions], documented, always=False)
     everywhere = set.intersection(*(set(description["config"]) for description in descriptions))
-    assert set(documented) - everywhere == {"smoothing", "low_rank", "format_search"}
+    assert set(documented) - everywhere == {"smoothing", "low_rank", "format_search", "modulation"}
     assert set(documented) == {field.name for field in dataclasses.fields(QuantizationConfig)}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hqdit.calibration.capture import CalibrationData
 from hqdit.calibration.samples import CalibrationSet
-from hqdit.errors import CheckpointError, NumericsError, UsageError
+from hqdit.errors import CheckpointError, NumericsError, UsageError, reason_of
 from hqdit.models.calls import ModelCall
 from hqdit.models.weights import read_safetensors, write_safetensors
 from hqdit.progress import track
@@ -109,7 +109,7 @@ class RecordedCalls:
             component: the model's name in the pipeline, where there are several.
 
         Raises:
-            UsageError: no inputs, fewer than one sample, or no such component.
+            UsageError: no inputs, fewer than one sample, no such component, or arguments that the pipeline refuses.
             NumericsError: the pipeline never called the model, or with numbers that are not finite.
         """
         model = getattr(pipeline, component, None)
@@ -136,8 +136,15 @@ class RecordedCalls:
         try:
             for number, arguments in enumerate(track(list(inputs), "calibration pipeline calls")):
                 noise = int(random_stream(seed, f"calibration noise/{number}").integers(0, 2**63))
-                with torch.no_grad():
-                    pipeline(**{"generator": torch.Generator().manual_seed(noise), **arguments})
+                try:
+                    with torch.no_grad():
+                        pipeline(**{"generator": torch.Generator().manual_seed(noise), **arguments})
+                except (AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+                    raise UsageError(
+                        f"calibration: found that {type(pipeline).__name__} cannot run with "
+                        f"{', '.join(sorted(arguments))} ({reason_of(error)}), needed arguments that it takes. "
+                        "Fix: try the pipeline by itself with them first"
+                    ) from error
         finally:
             handle.remove()
         origin = f"{type(pipeline).__name__}: {len(inputs)} calls, {seen} of its {component}, seed {seed}"

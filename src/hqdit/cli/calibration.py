@@ -45,6 +45,7 @@ class CalibrationRequest:
         from hqdit.models.source import load_scheduler
         from hqdit.sampling.sampler import require_guidance, require_steps
 
+        sampling = self._sampling()  # refuses numbers that no sampler takes
         name = type(model).__name__
         if not isinstance(adapter_for(model), ClassConditionalAdapter):
             if self.prompts is None or not folder.is_pipeline:
@@ -60,7 +61,6 @@ class CalibrationRequest:
                 f"--prompts: found {self.prompts} for a {name}, which takes classes, needed no prompts. "
                 "Fix: leave --prompts out"
             )
-        sampling = self._sampling()
         require_steps(load_scheduler(folder), sampling.steps)
         require_guidance(model, sampling.guidance)
 
@@ -83,8 +83,10 @@ class CalibrationRequest:
             return CalibrationSet.from_sampler(model, load_scheduler(folder), samples, self._sampling(), self.seed)
         import torch
 
+        from hqdit.integrations.diffusers_logging import silence_transformers
         from hqdit.integrations.load_pipeline import pipeline_around
 
+        silence_transformers()
         device = next(model.parameters()).device
         pipeline = pipeline_around(model, folder, torch.float32, device)
         pipeline.set_progress_bar_config(disable=True)

@@ -108,7 +108,8 @@ def quantize(
         from hqdit.jobs.job import has_published, require_startable
         from hqdit.jobs.stores import JobBlocks
         from hqdit.jobs.stores import calibration as kept_calibration
-        from hqdit.models.source import find_model, load_float_transformer
+        from hqdit.models.adapter import ClassConditionalAdapter, adapter_for
+        from hqdit.models.source import find_model, load_float_transformer, load_scheduler
         from hqdit.pipeline.checkpoint import save
         from hqdit.pipeline.config import QuantizationConfig
         from hqdit.pipeline.manifest import sha256_of
@@ -148,6 +149,8 @@ def quantize(
         require_json(json_file, out, *sources)
         given = read_calibration(calibration) if calibration is not None else None
         model = load_float_transformer(folder).to(options.device)
+        if isinstance(adapter_for(model), ClassConditionalAdapter):
+            load_scheduler(folder)  # a broken one is found now, not when somebody samples
         is_drawn = given is None and config.needs_calibration
         if is_drawn:
             request.require_fits(model, folder)

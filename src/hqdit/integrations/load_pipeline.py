@@ -10,7 +10,7 @@ import torch
 from diffusers import DiTPipeline
 from torch import nn
 
-from hqdit.errors import CheckpointError
+from hqdit.errors import CheckpointError, reason_of
 from hqdit.integrations.pixel_pipeline import PixelDiTPipeline
 from hqdit.models.adapter import ClassConditionalAdapter, adapter_for
 from hqdit.models.source import PIPELINE_INDEX_NAME, ModelFolder, find_model, load_scheduler, load_vae
@@ -58,8 +58,7 @@ def _pipeline_of_index(transformer: nn.Module, folder: ModelFolder, dtype: torch
     try:
         return diffusers.DiffusionPipeline.from_pretrained(folder.root, transformer=transformer, **{_DTYPE: dtype})
     except Exception as error:  # whatever comes out of a loader that does not expect these files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{where}: found a pipeline that cannot be loaded ({reason}), needed one whose components are all there. "
-            "Fix: get the folder again, and install what its text encoders need (pip install transformers)"
+            f"{where}: found a pipeline that cannot be loaded ({reason_of(error)}), needed one whose components are "
+            "all there. Fix: get the folder again, and install what its text encoders need (pip install transformers)"
         ) from error

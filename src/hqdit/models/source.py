@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hqdit.errors import CheckpointError, EnvironmentUnavailable, UsageError
+from hqdit.errors import CheckpointError, EnvironmentUnavailable, UsageError, reason_of
 from hqdit.models.weights import read_json, read_weights, require_finite, require_float, require_state
 
 #: Models that ship with the package.
@@ -109,19 +109,14 @@ def _download(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except HFValidationError as error:
         raise CheckpointError(
-            f"{repository}: found no such folder and no valid hub id ({_reason(error)}), needed one of both. "
+            f"{repository}: found no such folder and no valid hub id ({reason_of(error)}), needed one of both. "
             "Fix: check the name"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentUnavailable(
-            f"{repository}: found no such folder, and the hub did not give the model ({_reason(error)}), needed "
+            f"{repository}: found no such folder, and the hub did not give the model ({reason_of(error)}), needed "
             "a connection and an existing repository. Fix: check name, network and token, or pass a local folder"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a foreign error's message, so that ours stays on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _inspect(root: Path) -> ModelFolder:
@@ -182,8 +177,8 @@ def build_skeleton(folder: ModelFolder, is_empty: bool = False) -> nn.Module:
             model: nn.Module = model_class(**settings)
     except Exception as error:  # whatever comes out of a constructor that does not expect these values
         raise CheckpointError(
-            f"{where}: found values that build no model ({_reason(error)}), needed those of a {model_class.__name__}. "
-            "Fix: get the file again or correct it"
+            f"{where}: found values that build no model ({reason_of(error)}), needed those of a "
+            f"{model_class.__name__}. Fix: get the file again or correct it"
         ) from error
     return model.eval()
 
@@ -260,8 +255,8 @@ def load_scheduler(folder: ModelFolder) -> Any:
         return cast(Any, scheduler).from_config(config)
     except Exception as error:  # whatever comes out of a constructor that does not expect these values
         raise CheckpointError(
-            f"{path}: found values that build no scheduler ({_reason(error)}), needed those of a {scheduler.__name__}. "
-            "Fix: get the file again or correct it"
+            f"{path}: found values that build no scheduler ({reason_of(error)}), needed those of a "
+            f"{scheduler.__name__}. Fix: get the file again or correct it"
         ) from error
 
 
@@ -280,6 +275,6 @@ def load_vae(folder: ModelFolder, device: torch.device | str = "cpu") -> Any | N
         return AutoencoderKL.from_pretrained(path).eval().to(device)
     except Exception as error:  # whatever comes out of a loader that does not expect these files
         raise CheckpointError(
-            f"{path}: found an autoencoder that cannot be loaded ({_reason(error)}), needed an AutoencoderKL folder. "
+            f"{path}: found an autoencoder that cannot be loaded ({reason_of(error)}), needed an AutoencoderKL folder. "
             "Fix: get the folder again"
         ) from error
