@@ -130,9 +130,9 @@ class Job:
         return _unpacked(self.keep_file(name, lambda path: write_safetensors({_FACTS: text, **packed}, path)))
 
     @property
-    def pieces(self) -> int:
-        """How many pieces are finished."""
-        return sum(_PIECE.fullmatch(path.name) is not None for path in self.folder.iterdir())
+    def is_worth_keeping(self) -> bool:
+        """Whether anything is finished."""
+        return any(path.name == RESULT_NAME or _PIECE.fullmatch(path.name) for path in self.folder.iterdir())
 
     @property
     def result(self) -> Path:
@@ -199,15 +199,15 @@ def open_job(
             if folder.exists():
                 _require_same(folder, plain)
                 _sweep_inside(folder)
-            else:
-                folder.mkdir()
-                publish_text(folder / DESCRIPTION_NAME, json.dumps(plain, indent=1, sort_keys=True) + "\n")
-                flush(folder.parent)
             job = Job(path, folder)
             try:
+                if not folder.exists():
+                    folder.mkdir()
+                    publish_text(folder / DESCRIPTION_NAME, json.dumps(plain, indent=1, sort_keys=True) + "\n")
+                    flush(folder.parent)
                 yield job
             except BaseException as error:
-                if isinstance(error, (UsageError, NumericsError)) or (not job.pieces and not job.result.exists()):
+                if folder.exists() and (isinstance(error, (UsageError, NumericsError)) or not job.is_worth_keeping):
                     _remove(folder)
                 raise
             _remove(folder)
