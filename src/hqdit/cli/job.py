@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hqdit.cli.options import RunOptions, printable
+
 if TYPE_CHECKING:
-    from hqdit.cli.options import RunOptions
     from hqdit.jobs.job import Job
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what a stopped run has finished.")]
@@ -68,6 +70,10 @@ def running_job(
         if job is not None and job_folder(target).exists():
             _resume_command.set(again)
         raise
+    finally:
+        for name in job.damaged if job is not None else ():
+            warning = f"hqdit: {job_folder(target)}: {name} was changed after it was finished; it was made again"
+            print(printable(warning), file=sys.stderr)
 
 
 def shell_words(words: Sequence[str]) -> str:

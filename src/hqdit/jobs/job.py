@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hqdit.errors import CheckpointError, IntegrityError, NumericsError, UsageError
-from hqdit.jobs.lock import locked
+from hqdit.jobs.lock import locked, require_unlocked
 from hqdit.models.weights import read_safetensors, write_safetensors
 from hqdit.pipeline.manifest import MANIFEST_NAME, require_sound, sha256_of
 from hqdit.pipeline.publish import (
@@ -62,7 +62,17 @@ def has_published(target: Path) -> bool:
 
 
 def require_startable(target: Path, *, is_resumed: bool, is_discarding: bool) -> None:
-    """Raise `UsageError` where a job has been begun and it is not said what shall become of it."""
+    """Refuse early what `open_job` would refuse, before a model is loaded.
+
+    Raises:
+        LockedError: another process works on this output.
+        UsageError: a job has been begun, and it is not said what shall become of it.
+    """
+    require_unlocked(target.expanduser().resolve())
+    _require_decided(target, is_resumed, is_discarding)
+
+
+def _require_decided(target: Path, is_resumed: bool, is_discarding: bool) -> None:
     folder = job_folder(target)
     if (folder / DESCRIPTION_NAME).exists() and not is_resumed and not is_discarding:
         raise UsageError(
@@ -191,7 +201,7 @@ def open_job(
     try:
         with locked(path, command):
             sweep(path)
-            require_startable(path, is_resumed=is_resumed, is_discarding=is_discarding)
+            _require_decided(path, is_resumed, is_discarding)
             folder = job_folder(path)
             if not is_resumed or not (folder / DESCRIPTION_NAME).exists():
                 _remove(folder)

@@ -47,6 +47,20 @@ def locked(target: Path, command: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_unlocked(target: Path) -> None:
+    """Raise `LockedError` if another process holds the lock of `target`, an absolute path; takes nothing."""
+    try:
+        descriptor = os.open(lock_path(target), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _held(descriptor, target) from None
+    finally:
+        os.close(descriptor)
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -61,16 +75,21 @@ def _acquired(path: Path, target: Path) -> int:
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except BlockingIOError:
-            found = _described(os.pread(descriptor, _LARGEST_NOTE_BYTES, 0))
+            error = _held(descriptor, target)
             os.close(descriptor)
-            raise LockedError(
-                f"--out: found {target} in use by {found}, needed it alone. Fix: wait until that process has ended, or "
-                "choose another path"
-            ) from None
+            raise error from None
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _held(descriptor: int, target: Path) -> LockedError:
+    found = _described(os.pread(descriptor, _LARGEST_NOTE_BYTES, 0))
+    return LockedError(
+        f"{target}: found it in use by {found}, needed it alone. Fix: wait until that process has ended, or choose "
+        "another path"
+    )
 
 
 def _described(note: bytes) -> str:
