@@ -42,6 +42,7 @@ GUIDES = (
     "docs/kernels.md",
     "docs/records.md",
     "docs/evaluation.md",
+    "docs/jobs.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 )
@@ -61,6 +62,9 @@ OTHER_FILES = {
     "DIR/cache",
     "DIR/report.html",
     "docs/records/reproduce",
+    "hqdit_manifest.json",
+    "job.json",
+    "publishing.json",
 }
 #: Kernels, and what the files of their instruction sets are named after.
 KERNELS, INSTRUCTION_SETS = ("product", "rotate_quantize", "attention"), ("portable", "avx2", "avx512", "amx")

@@ -9,7 +9,9 @@ import shlex
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Command, Ended, commands, contents, run_in
@@ -18,6 +20,7 @@ from kill_points import at_every_point, kill_at
 from hqdit.cli.job import shell_words
 from hqdit.jobs.job import job_folder
 from hqdit.jobs.lock import lock_path
+from hqdit.jobs.stores import JobBlocks
 
 #: A point at which a piece is finished.
 MIDDLE = 45
@@ -25,6 +28,22 @@ MIDDLE = 45
 
 def stop_at(point: int, number: int) -> object:
     return lambda: at_every_point(lambda now: os.kill(os.getpid(), number) if now == point else None)
+
+
+def kill_after_block(number: int) -> Callable[[], None]:
+    """A preparation after which the child kills itself when it has kept this block."""
+
+    def prepare() -> None:
+        keep = JobBlocks.keep
+
+        def kept(self: JobBlocks, block: int, *arguments: Any) -> None:
+            keep(self, block, *arguments)
+            if block == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        JobBlocks.keep = kept  # type: ignore[method-assign]
+
+    return prepare
 
 
 def resume_line(err: str) -> tuple[str, ...]:
@@ -125,6 +144,26 @@ def test_another_model_or_other_code_is_refused(
 
     done = run_in(folder, *command.words, "--resume", prepare=change_code)
     assert done.code == 2 and "  code: " in done.err and '"0000' in done.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--preset", "svdquant", "--low-rank", "4"),
+        ("--preset", "fpq"),
+        ("--preset", "smoothquant"),
+        ("--preset", "minmax"),
+        ("--activation-granularity", "channel-token", "--format-granularity", "channel"),
+        ("--no-fold-value-rotation", "--no-modulation", "--keep-dtype", "bfloat16"),
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_layer_goes_through_a_job(options: tuple[str, ...], models: Path, tmp_path: Path) -> None:
+    words = (*commands(models)["quantize"].words, *options)
+    assert run_in(tmp_path / "whole", *words) == Ended(0, "")
+    assert run_in(tmp_path / "work", *words, prepare=kill_after_block(0)).code == -signal.SIGKILL
+    assert run_in(tmp_path / "work", *words, "--resume") == Ended(0, "")
+    assert contents(tmp_path / "work") == contents(tmp_path / "whole")
 
 
 def test_a_copy_of_the_model_elsewhere_is_the_same_model(

@@ -136,7 +136,8 @@ class Job:
             As `kept`: what a run that goes on will see, so that a run that does not sees nothing else.
         """
         text = torch.frombuffer(bytearray(json.dumps(facts).encode("utf-8")), dtype=torch.uint8)
-        packed = {_TENSOR + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        # Layers may hold one tensor together, which a file cannot.
+        packed = {_TENSOR + key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         return _unpacked(self.keep_file(name, lambda path: write_safetensors({_FACTS: text, **packed}, path)))
 
     @property
