@@ -43,6 +43,18 @@ class EnvironmentUnavailable(HQDiTError):
     exit_code = 6
 
 
+class IntegrityError(HQDiTError):
+    """Files that are not those that their manifest lists (exit code 7)."""
+
+    exit_code = 7
+
+
+class LockedError(HQDiTError):
+    """An output that another run is working on (exit code 8)."""
+
+    exit_code = 8
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of a foreign error's message, or its class, so that ours stays on one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -201,6 +201,11 @@ def unchanged(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.chdir(workspace)
     before = tree(workspace.parent)
     yield workspace
+    for job in workspace.rglob(".*.hqdit-job"):  # finished work of a run that can be resumed; tests/jobs look into it
+        shutil.rmtree(job)
+    for parent in (workspace / "deep" / "er", workspace / "deep", workspace / "result"):
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
     after = tree(workspace.parent)
     for path in sorted(after.keys() - before.keys(), reverse=True):  # so that later rows start clean
         left = workspace.parent / path
@@ -638,12 +643,12 @@ WRITERS = [
     ("quantize model --out deep/er/out --preset minmax", "hqdit.pipeline.publish._flush_tree"),
     ("quantize pipe --out out --preset minmax", "shutil.copyfile"),
     ("quantize pipe --out full --overwrite --preset minmax", "shutil.copytree"),
-    ("quantize model --out full --overwrite --preset minmax", "hqdit.pipeline.publish._flush"),
+    ("quantize model --out full --overwrite --preset minmax", "hqdit.pipeline.publish.flush"),
     ("quantize model --out out --preset minmax --json result/q.json", "hqdit.pipeline.publish.publish_text"),
     ("quantize model --out out --preset minmax --json result/q.json", "hqdit.analysis.inspection.inspect_checkpoint"),
     ("sample model --out out --num 2 --steps 1", "PIL.Image.Image.save"),
     ("sample model --out out --num 2 --steps 1 --json s.json", "hqdit.pipeline.publish.publish_text"),
-    ("evaluate quantized --against model --num 1 --steps 1 --json e.json", "hqdit.pipeline.publish._flush"),
+    ("evaluate quantized --against model --num 1 --steps 1 --json e.json", "hqdit.pipeline.publish.flush"),
     ("inject-outliers model --out out", "hqdit.models.weights.save_file"),
     ("dequantize quantized --out out", "hqdit.models.weights.save_file"),
     ("demo --out out --num 2 --steps 1", "hqdit.evaluation.demo.compare_presets"),
@@ -687,7 +692,7 @@ def test_resources(
 def test_a_fault_after_the_new_folder_is_in_place(
     hqdit: Hqdit, unchanged: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
-    flush = publish._flush
+    flush = publish.flush
 
     def fail_at_last(path: Path) -> None:
         if path == unchanged:  # the folder that holds --out, flushed after both renames
@@ -695,7 +700,7 @@ def test_a_fault_after_the_new_folder_is_in_place(
             raise FULL
         flush(path)
 
-    monkeypatch.setattr(publish, "_flush", fail_at_last)
+    monkeypatch.setattr(publish, "flush", fail_at_last)
     require_contract(hqdit("quantize", "model", "--out", out, "--overwrite", "--preset", "minmax"), 5)
 
 
@@ -708,6 +713,7 @@ def test_interruption(
     assert outcome.code == 130
     assert outcome.err.strip().startswith("hqdit: interrupted") and "Fix: " in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+    assert ("--resume" in outcome.err) == any(unchanged.rglob(".*.hqdit-job"))
 
 
 @pytest.mark.parametrize(("command", "writer"), WRITERS)
@@ -717,7 +723,10 @@ def test_a_defect_shows_its_traceback(
     monkeypatch.setattr(writer, raising(ZeroDivisionError("by design")))
     outcome = hqdit(*shlex.split(command))
     assert outcome.code == 1 and outcome.err.startswith("Traceback (most recent call last):")
-    assert outcome.err.splitlines()[-1].startswith("hqdit: defect: ZeroDivisionError: by design. Fix: ")
+    lines = [
+        line for line in outcome.err.splitlines() if not line.startswith("hqdit: finished work is kept; to go on: ")
+    ]
+    assert lines[-1].startswith("hqdit: defect: ZeroDivisionError: by design. Fix: ")
 
 
 def test_debug_shows_the_traceback_of_an_error(hqdit: Hqdit, unchanged: Path) -> None:

@@ -22,6 +22,7 @@ from hqdit.kernels.selection import BACKENDS
 from hqdit.models.source import find_model, load_float_transformer
 from hqdit.models.weights import WEIGHTS_NAME
 from hqdit.pipeline.checkpoint import load
+from hqdit.pipeline.manifest import MANIFEST_NAME
 
 LAYERS = 7 * tiny.BLOCKS
 SHORT = ("--steps", 2, "--calibration-samples", 16)
@@ -34,6 +35,7 @@ COMMANDS = (
     "score",
     "analyze",
     "inspect",
+    "verify",
     "doctor",
     "convert",
     "inject-outliers",
@@ -81,7 +83,7 @@ def test_quantizing_a_transformer_folder_gives_a_transformer_folder(
     )
     assert (outcome.code, outcome.err) == (0, "")
     assert f"{LAYERS} quantized layers" in outcome.out
-    assert sorted(tree(tmp_path)) == ["q", "q.js", "q/config.json", f"q/{WEIGHTS_NAME}"]
+    assert sorted(tree(tmp_path)) == ["q", "q.js", "q/config.json", f"q/{WEIGHTS_NAME}", f"q/{MANIFEST_NAME}"]
     assert tree(models.transformer) == before
     assert len(read(tmp_path / "q.js")["layers"]) == LAYERS
     assert isinstance(load(tmp_path / "q"), nn.Module)
@@ -125,7 +127,7 @@ def test_a_baseline_is_inspected_with_its_parts(hqdit: Hqdit, models: Models, tm
 
 def test_quantizing_a_pipeline_copies_everything_else(models: Models) -> None:
     source, found = tree(models.pipeline), tree(models.quantized_pipeline)
-    assert source.keys() == found.keys()
+    assert source.keys() | {MANIFEST_NAME} == found.keys()
     changed = {name for name in source if source[name] != found[name]}
     assert changed == {"transformer/config.json", f"transformer/{WEIGHTS_NAME}"}
     assert "assets/deep/blob.bin" in found
@@ -210,7 +212,13 @@ def test_overwrite_replaces_the_whole_folder(hqdit: Hqdit, models: Models, tmp_p
     assert hqdit("quantize", models.transformer, "--out", out, "--preset", "minmax").code == 0
     (out / "left over").touch()
     assert hqdit("quantize", models.transformer, "--out", out, "--preset", "minmax", "--overwrite").code == 0
-    assert sorted(tree(tmp_path)) == ["deep", "deep/q", "deep/q/config.json", f"deep/q/{WEIGHTS_NAME}"]
+    assert sorted(tree(tmp_path)) == [
+        "deep",
+        "deep/q",
+        "deep/q/config.json",
+        f"deep/q/{WEIGHTS_NAME}",
+        f"deep/q/{MANIFEST_NAME}",
+    ]
 
 
 def test_quiet_prints_nothing(hqdit: Hqdit, models: Models, tmp_path: Path) -> None:
@@ -239,7 +247,7 @@ def test_sample_writes_images_and_a_grid(hqdit: Hqdit, models: Models, tmp_path:
     record = read(tmp_path / "s.json")
     assert record["classes"] == [3, 0, 1, 3, 0] and record["steps"] == 2 and record["guidance"] == 1.0
     assert record["files"] == [f"{i:06d}_class{label}.png" for i, label in enumerate(record["classes"])]
-    assert sorted(tree(tmp_path / "s")) == sorted([*record["files"], "grid.png"])
+    assert sorted(tree(tmp_path / "s")) == sorted([*record["files"], "grid.png", MANIFEST_NAME])
     for name in record["files"]:
         with Image.open(tmp_path / "s" / name) as image:
             image.load()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Hqdit, Models, tree
 
+from hqdit.pipeline.manifest import MANIFEST_NAME
 from hqdit.records.run_record import RECORD_NAME, Heatmap, RunRecord
 from hqdit.records.run_record_reader import read_run_records
 
@@ -35,7 +36,7 @@ def record_of(folder: Path) -> RunRecord:
 
 def test_a_float_model_is_explained_before_and_after_the_rotation(analyses: Path, models: Models) -> None:
     folder = analyses / "float"
-    assert sorted(tree(folder)) == [RECORD_NAME, "report.html"]
+    assert sorted(tree(folder)) == [MANIFEST_NAME, RECORD_NAME, "report.html"]
     record = record_of(folder)
     activations, weights = record.tables
     assert len(weights.rows) == 14 and len(activations.rows) == 10  # q, k and v share an input in both blocks
@@ -50,7 +51,14 @@ def test_a_float_model_is_explained_before_and_after_the_rotation(analyses: Path
 
 def test_a_quantized_model_is_compared_with_its_original(analyses: Path) -> None:
     folder = analyses / "quantized"
-    assert sorted(tree(folder)) == ["difference.png", "float.png", "quantized.png", RECORD_NAME, "report.html"]
+    assert sorted(tree(folder)) == [
+        "difference.png",
+        "float.png",
+        MANIFEST_NAME,
+        "quantized.png",
+        RECORD_NAME,
+        "report.html",
+    ]
     record = record_of(folder)
     assert [type(figure).__name__ for figure in record.figures] == ["Bars", "Lines", "Heatmap", "FormatMap"]
     heat = record.figures[2]
@@ -132,4 +140,4 @@ def test_an_existing_analysis_is_replaced_only_on_request(hqdit: Hqdit, models: 
     assert refused.code == 2 and "--overwrite" in refused.first_line
     assert (tmp_path / "a" / "precious").exists()
     assert hqdit("analyze", models.transformer, "--out", tmp_path / "a", "--overwrite", *FEW).code == 0
-    assert sorted(tree(tmp_path / "a")) == [RECORD_NAME, "report.html"]
+    assert sorted(tree(tmp_path / "a")) == [MANIFEST_NAME, RECORD_NAME, "report.html"]

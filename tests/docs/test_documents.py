@@ -44,6 +44,7 @@ GUIDES = (
     "docs/records.md",
     "docs/evaluation.md",
     "docs/support.md",
+    "docs/jobs.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 )
@@ -63,6 +64,9 @@ OTHER_FILES = {
     "DIR/cache",
     "DIR/report.html",
     "docs/records/reproduce",
+    "hqdit_manifest.json",
+    "job.json",
+    "publishing.json",
 }
 #: Kernels, and what the files of their instruction sets are named after.
 KERNELS, INSTRUCTION_SETS = ("product", "rotate_quantize", "attention"), ("portable", "avx2", "avx512", "amx")

@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
+import hqdit
 from hqdit.experiments import cache as module
 from hqdit.experiments.cache import ResultCache, code_digest
+from hqdit.pipeline import environment
 
 
 def refuse():
@@ -37,7 +39,7 @@ def test_other_code_or_surroundings_compute_anew(tmp_path, monkeypatch, changed)
     if changed == "code":
         monkeypatch.setattr(module, "code_digest", lambda: "another")
     elif changed == "torch":
-        monkeypatch.setattr(module, "version", lambda name: f"another {name}")
+        monkeypatch.setattr(environment, "version", lambda name: f"another {name}")
     else:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert results.numbers({"a": 1}, lambda: {"found": 2}) == {"found": 2}
@@ -74,7 +76,7 @@ def test_the_digest_covers_sources_models_and_kernels(tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(module.hqdit, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(hqdit, "__path__", [str(tmp_path)])
 
     def digest():
         code_digest.cache_clear()

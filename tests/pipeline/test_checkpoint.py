@@ -40,6 +40,7 @@ from hqdit.models.weights import WEIGHTS_NAME
 from hqdit.pipeline import checkpoint
 from hqdit.pipeline.checkpoint import load, quantized_layers, save
 from hqdit.pipeline.config import QuantizationConfig
+from hqdit.pipeline.manifest import MANIFEST_NAME
 from hqdit.pipeline.publish import TEMPORARY_PREFIX
 from hqdit.pipeline.quantize import quantize
 
@@ -105,7 +106,7 @@ def description(folder: Path) -> dict[str, Any]:
 
 
 def test_files_and_their_contents(original: Path) -> None:
-    assert {path.name for path in original.iterdir()} == {"config.json", WEIGHTS_NAME}
+    assert {path.name for path in original.iterdir()} == {"config.json", WEIGHTS_NAME, MANIFEST_NAME}
     config = json.loads((original / "config.json").read_text())
     assert config["_class_name"] == "DiTTransformer2DModel"
     assert config["num_layers"] == 1 and config["patch_size"] == 4
@@ -522,7 +523,7 @@ def test_pipeline_is_mirrored(pipeline: Path, tmp_path: Path, how: str) -> None:
     save(model, tmp_path / "out", source)
     assert file_hashes(pipeline) == before
     after = file_hashes(tmp_path / "out")
-    assert after.keys() == before.keys()
+    assert after.keys() == before.keys() | {MANIFEST_NAME}
     assert {name for name in before if before[name] != after[name]} == {
         "transformer/config.json",
         f"transformer/{WEIGHTS_NAME}",

@@ -12,7 +12,16 @@ from tiny import file_hashes, require_complete
 
 from hqdit.errors import UsageError
 from hqdit.pipeline import publish
-from hqdit.pipeline.publish import TEMPORARY_PREFIX, publish_folder, publish_text, require_free
+from hqdit.pipeline.manifest import MANIFEST_NAME
+from hqdit.pipeline.publish import (
+    REPLACED_PREFIX,
+    TEMPORARY_PREFIX,
+    publish_folder,
+    publish_text,
+    require_free,
+    sweep,
+    temporary_path,
+)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -96,13 +105,22 @@ def test_overwrite_replaces_everything(tmp_path: Path, old: str) -> None:
     with publish_folder(out, overwrite=True) as staged:
         (staged / "new").write_text("new")
         assert out.exists()
-    assert [path.name for path in out.rglob("*")] == ["new"]
+    assert sorted(path.name for path in out.rglob("*")) == [MANIFEST_NAME, "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.fixture(params=["swap", "two renames"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How one folder replaces another: as the system can, or as where it cannot."""
+    if request.param == "two renames":
+        monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("function", ["rename", "fsync", "open"])
-def test_every_failing_step_leaves_the_old_or_the_new_folder(tmp_path: Path, function: str) -> None:
+def test_every_failing_step_leaves_the_old_or_the_new_folder(tmp_path: Path, function: str, way: str) -> None:
     """The n-th rename, fsync or open fails, for every n until there is no n-th one."""
+    new = {"new", MANIFEST_NAME}
     for number in range(100):
         out = existing(tmp_path / str(number) / "out")
         old = file_hashes(out)
@@ -114,10 +132,10 @@ def test_every_failing_step_leaves_the_old_or_the_new_folder(tmp_path: Path, fun
             except OSError:
                 pass
         if calls() <= number:
-            assert number > 1  # it did fail before
-            assert set(file_hashes(out)) == {"new"}
+            assert number > 1 or (function == "rename" and way == "swap")  # it did fail before
+            assert set(file_hashes(out)) == new
             break
-        if set(file_hashes(out)) == {"new"}:  # published; what failed was the removal of the old folder
+        if set(file_hashes(out)) == new:  # published; what failed was the removal of the old folder
             assert function == "open"
         else:
             assert file_hashes(out) == old
@@ -146,8 +164,47 @@ def test_everything_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypat
         (staged / "b").write_text("b")
         name = staged.name
     renamed = events.index(("rename", "out"))
-    assert {("fsync", part) for part in ("a", "b", "sub", name)} == set(events[:renamed])
+    assert {("fsync", part) for part in ("a", "b", "sub", name, MANIFEST_NAME)} == set(events[:renamed])
+    # The manifest after everything that it lists, and then the folder that now holds it too.
+    assert events[renamed - 2 : renamed] == [("fsync", MANIFEST_NAME), ("fsync", name)]
+    assert events.index(("fsync", MANIFEST_NAME)) == renamed - 2
     assert events[renamed + 1 :] == [("fsync", tmp_path.name)]
+
+
+# --- what a killed process leaves
+
+
+def test_leftovers_of_one_output_are_swept_and_no_others(tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "out-2"
+    existing(temporary_path(out))
+    temporary_path(out).write_text("half a file")
+    kept = {existing(temporary_path(other)), tmp_path / f"{TEMPORARY_PREFIX}by-hand"}
+    (tmp_path / f"{TEMPORARY_PREFIX}by-hand").touch()
+    sweep(out)
+    assert set(tmp_path.iterdir()) == kept
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_folder_that_was_moved_aside_goes_back_unless_it_was_replaced(tmp_path: Path, is_replaced: bool) -> None:
+    out = tmp_path / "out"
+    aside = existing(temporary_path(out, REPLACED_PREFIX))
+    old = file_hashes(aside)
+    if is_replaced:
+        out.mkdir()
+        (out / "new").touch()
+    sweep(out)
+    assert set(tmp_path.iterdir()) == {out}
+    assert set(file_hashes(out)) == ({"new"} if is_replaced else set(old))
+
+
+def test_swapping_is_one_step_here(tmp_path: Path) -> None:
+    first, second = existing(tmp_path / "first"), tmp_path / "second"
+    second.mkdir()
+    if not publish._exchange(first, second):
+        pytest.skip("this system cannot swap two names")
+    assert list(first.iterdir()) == [] and len(list(second.iterdir())) == 2
+    with pytest.raises(FileNotFoundError):
+        publish._exchange(first, tmp_path / "missing")
 
 
 # --- text

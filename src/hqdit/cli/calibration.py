@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,14 @@ class CalibrationRequest:
             )
         require_steps(load_scheduler(folder), sampling.steps)
         require_guidance(model, sampling.guidance)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Everything that the data depend on, as plain values, besides the model."""
+        from hqdit.pipeline.manifest import sha256_of
+
+        prompts = None if self.prompts is None else sha256_of(self.prompts.expanduser())
+        return {**asdict(self), "prompts": prompts}
 
     def draw(self, model: nn.Module, folder: ModelFolder) -> CalibrationData:
         """The data, for a model that `require_fits` has accepted."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hqdit.cli.job import Resume, running_job
 from hqdit.cli.options import (
     BackendName,
     BatchSize,
@@ -25,6 +26,10 @@ from hqdit.cli.options import (
     say,
     write_json,
 )
+from hqdit.errors import UsageError
+
+if TYPE_CHECKING:
+    from hqdit.jobs.job import Job
 
 
 def evaluate(
@@ -34,6 +39,8 @@ def evaluate(
     steps: Steps = 50,
     guidance: Guidance = 1.5,
     batch_size: BatchSize = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what a stopped run has finished.")] = False,
+    resume: Resume = False,
     json_file: JsonFile = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -46,16 +53,26 @@ def evaluate(
     """Compare a quantized model with its float original on the same noise."""
     require_count("--num", num)
     require_count("--batch-size", batch_size)
+    if json_file is None and resume:
+        raise UsageError(
+            "--resume: found no --json, beside whose file finished work is kept, needed the one of the stopped run. "
+            "Fix: add --json FILE"
+        )
     with running(quiet_mode=quiet, device=device, dtype=dtype, backend=backend, threads=threads, seed=seed) as options:
+        import torch
         from torch import nn
 
         from hqdit.evaluation.fidelity import (
+            EvaluationInputs,
             evaluation_inputs,
             layer_fidelity,
             noise_fidelity,
             psnr_db,
             require_same_shape,
         )
+        from hqdit.jobs.description import model_digest
+        from hqdit.jobs.job import require_startable
+        from hqdit.jobs.stores import JobImages, figures, tensors
         from hqdit.models.adapter import class_conditional_adapter
         from hqdit.models.source import find_model, load_float_transformer, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
@@ -66,47 +83,74 @@ def evaluate(
         config = SamplingConfig(steps, guidance)
         folder, original = find_model(model), find_model(against)
         require_json(json_file, None, folder.root, original.root)
+        if json_file is not None:
+            require_startable(json_file, is_resumed=resume, is_discarding=overwrite)
         quantized = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
         exact = load_float_transformer(original).to(options.device)  # float32: the yardstick is not rounded
         require_same_shape(exact, quantized)
         require_guidance(exact, guidance)
         scheduler, vae = load_scheduler(original), load_vae(original, options.device)
-        inputs = evaluation_inputs(exact, scheduler, config, seed)
-        noise = noise_fidelity(exact, quantized, inputs, guidance)
-        layers = layer_fidelity(exact, quantized, inputs)
         classes = [index % class_conditional_adapter(exact).num_classes(exact) for index in range(num)]
-        images = [
-            generate_images(which, scheduler, vae, classes, config, seed, EVALUATION, batch_size, what)
-            for which, what in ((exact, "float samples"), (quantized, "quantized samples"))
-        ]
-        psnr = psnr_db(*images)
-        result = {
-            "eps_sqnr_db": {
-                "conditional": noise.conditional,
-                "unconditional": noise.unconditional,
-                "guided": noise.guided,
-            },
-            "eps_sqnr_db_by_timestep": [list(pair) for pair in noise.by_timestep],
-            "sample_psnr_db": psnr,
-            "layer_sqnr_db": layers,
-            "timesteps": len(inputs.timesteps),
-            "pairs": len(inputs.classes),
-            "images": num,
-            "steps": steps,
-            "guidance": guidance,
-            "seed": seed,
-            "device": str(options.device),
-            "dtype": dtype,
-            "backend": options.backend,
-            "environment": describe_environment(),
-        }
-        write_json(json_file, result)
+        settings = {"images": num, "steps": steps, "guidance": guidance, "seed": seed}
+
+        def inputs_as_tensors() -> dict[str, torch.Tensor]:
+            found = evaluation_inputs(exact, scheduler, config, seed)
+            return {
+                "latents": torch.stack(found.latents),
+                "timesteps": torch.tensor(found.timesteps),
+                "classes": found.classes,
+            }
+
+        def measured(job: Job | None) -> dict[str, Any]:
+            kept = tensors(job, "inputs", inputs_as_tensors)
+            inputs = EvaluationInputs(
+                tuple(kept["latents"].to(options.device)),
+                tuple(kept["timesteps"].tolist()),
+                kept["classes"].to(options.device),
+            )
+            noise = figures(job, "noise", lambda: noise_fidelity(exact, quantized, inputs, guidance).to_json())
+            layers = figures(job, "layers", lambda: layer_fidelity(exact, quantized, inputs))
+            images = [
+                generate_images(
+                    which, scheduler, vae, classes, config, seed, EVALUATION, batch_size, f"{what} samples",
+                    None if job is None else JobImages(job, what),
+                )
+                for which, what in ((exact, "float"), (quantized, "quantized"))
+            ]  # fmt: skip
+            return {
+                "eps_sqnr_db": {name: noise[name] for name in ("conditional", "unconditional", "guided")},
+                "eps_sqnr_db_by_timestep": noise["by_timestep"],
+                "sample_psnr_db": psnr_db(*images),
+                "layer_sqnr_db": layers,
+                "timesteps": len(inputs.timesteps),
+                "pairs": len(inputs.classes),
+                **settings,
+                "device": str(options.device),
+                "dtype": dtype,
+                "backend": options.backend,
+                "environment": describe_environment(),
+            }
+
+        if json_file is None:
+            result = measured(None)
+        else:
+            description = {
+                "model": model_digest(folder),
+                "against": model_digest(original),
+                "dtype": dtype,
+                "batch_size": batch_size,
+                **settings,
+            }
+            with running_job(json_file, description, options, resume=resume, overwrite=overwrite) as job:
+                result = measured(job)
+                write_json(json_file, result)
         if quiet:
             return
+        noise, layers = result["eps_sqnr_db"], result["layer_sqnr_db"]
         say(
-            f"noise prediction SQNR: conditional {decibels(noise.conditional)}, unconditional "
-            f"{decibels(noise.unconditional)}, guided ({guidance:g}) {decibels(noise.guided)}"
+            f"noise prediction SQNR: conditional {decibels(noise['conditional'])}, unconditional "
+            f"{decibels(noise['unconditional'])}, guided ({guidance:g}) {decibels(noise['guided'])}"
         )
-        say(f"sample PSNR over {num} images: {decibels(psnr)}")
+        say(f"sample PSNR over {num} images: {decibels(result['sample_psnr_db'])}")
         for name, value in sorted(layers.items(), key=lambda item: item[1])[:5]:
             say(f"weak layer: {name} {decibels(value)}")

@@ -20,6 +20,7 @@ from hqdit.cli.dequantize import dequantize
 from hqdit.cli.doctor import doctor
 from hqdit.cli.evaluate import evaluate
 from hqdit.cli.inspect import inspect
+from hqdit.cli.job import begin, resume_command
 from hqdit.cli.options import printable
 from hqdit.cli.outliers import inject_outliers
 from hqdit.cli.quantize import quantize
@@ -27,6 +28,7 @@ from hqdit.cli.report import report
 from hqdit.cli.reproduce import reproduce
 from hqdit.cli.sample import sample
 from hqdit.cli.score import score
+from hqdit.cli.verify import verify
 from hqdit.errors import EnvironmentUnavailable, HQDiTError, ResourceError, UsageError
 
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
@@ -48,6 +50,7 @@ for command in (
     score,
     analyze,
     inspect,
+    verify,
     doctor,
     convert,
     inject_outliers,
@@ -125,6 +128,17 @@ def _translate(error: BaseException, given: Sequence[str]) -> HQDiTError | None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    begin(given)
+    code = None
+    try:
+        code = _run(given)
+        return code
+    finally:
+        if code != EXIT_INTERRUPTED and (again := resume_command()) is not None:
+            print(f"hqdit: finished work is kept; to go on: {again}", file=sys.stderr)
+
+
+def _run(given: list[str]) -> int:
     try:
         _require_text(given)
         code = typer.main.get_command(app).main(args=given, prog_name="hqdit", standalone_mode=False)
@@ -149,7 +163,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    print("hqdit: interrupted; what was at --out is there as before. Fix: run the same command again", file=sys.stderr)
+    fix = f"go on with {again}" if (again := resume_command()) is not None else "run the same command again"
+    print(f"hqdit: interrupted; what was at --out is there as before. Fix: {fix}", file=sys.stderr)
     return EXIT_INTERRUPTED
 
 

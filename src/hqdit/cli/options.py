@@ -44,11 +44,12 @@ MAX_COUNT, MAX_THREADS = 1_000_000, 1024
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and how to compute; `backend` is its description for records."""
+    """Where and how to compute; `backend` is its description for records, `threads` the number of CPU threads."""
 
     device: torch.device
     dtype: torch.dtype
     backend: str
+    threads: int
 
 
 @contextmanager
@@ -88,7 +89,9 @@ def running(
         if threads is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
-        yield RunOptions(_require_device(device), getattr(torch, dtype), current_backend().description)
+        yield RunOptions(
+            _require_device(device), getattr(torch, dtype), current_backend().description, torch.get_num_threads()
+        )
 
 
 def _require_device(name: str) -> torch.device:

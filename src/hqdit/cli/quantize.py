@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hqdit.cli.calibration import CalibrationRequest
+from hqdit.cli.job import Resume, running_job
 from hqdit.cli.options import (
     BackendName,
     Debug,
@@ -18,7 +18,6 @@ from hqdit.cli.options import (
     Quiet,
     Seed,
     Threads,
-    discarded_on_error,
     require_count,
     require_json,
     running,
@@ -87,6 +86,7 @@ def quantize(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; change nothing.")] = False,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     json_file: JsonFile = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -101,11 +101,18 @@ def quantize(
     if out is None and not dry_run:
         raise UsageError("--out: found nothing, needed the folder to write. Fix: add --out DST, or --dry-run")
     with running(quiet_mode=quiet, device=device, backend=backend, threads=threads, seed=seed) as options:
+        from hqdit.analysis.inspection import inspect_checkpoint
         from hqdit.calibration.recording import read_calibration
+        from hqdit.cli.inspect import print_sizes
+        from hqdit.jobs.description import model_digest
+        from hqdit.jobs.job import has_published, require_startable
+        from hqdit.jobs.stores import JobBlocks
+        from hqdit.jobs.stores import calibration as kept_calibration
         from hqdit.models.adapter import ClassConditionalAdapter, adapter_for
         from hqdit.models.source import find_model, load_float_transformer, load_scheduler
         from hqdit.pipeline.checkpoint import save
         from hqdit.pipeline.config import QuantizationConfig
+        from hqdit.pipeline.manifest import sha256_of
         from hqdit.pipeline.plan import plan_quantization
         from hqdit.pipeline.publish import require_free
         from hqdit.pipeline.quantize import quantize as quantize_model
@@ -136,9 +143,9 @@ def quantize(
         request = CalibrationRequest(prompts, calibration_samples, steps, guidance, seed)
         folder = find_model(source)
         sources = [folder.root, *(path for path in (calibration, prompts) if path is not None)]
-        existed = out is not None and out.exists()
         if out is not None:
-            require_free(out, overwrite, *sources)
+            require_free(out, overwrite or (resume and has_published(out)), *sources)
+            require_startable(out, is_resumed=resume, is_discarding=overwrite)
         require_json(json_file, out, *sources)
         given = read_calibration(calibration) if calibration is not None else None
         model = load_float_transformer(folder).to(options.device)
@@ -159,17 +166,21 @@ def quantize(
             _print_plan(plan)
             write_json(json_file, _plan_record(plan, config))
             return
-        if is_drawn:
-            given = request.draw(model, folder)
-        save(quantize_model(model, config, given), out, folder, overwrite)
-
-        from hqdit.analysis.inspection import inspect_checkpoint
-        from hqdit.cli.inspect import print_sizes
-
-        # What was replaced is gone already: then the new checkpoint, which is whole, is worth keeping.
-        with nullcontext() if existed else discarded_on_error(out):
-            result = inspect_checkpoint(out)
+        description = {
+            "model": model_digest(folder),
+            "calibration": request.description if is_drawn else calibration and sha256_of(calibration),
+            **{f"config.{key}": value for key, value in config.to_json().items()},
+        }
+        with running_job(out, description, options, resume=resume, overwrite=overwrite) as job:
+            if not (is_published := has_published(out)):
+                if not job.has_result:
+                    if is_drawn:
+                        given = kept_calibration(job, lambda: request.draw(model, folder))
+                    save(quantize_model(model, config, given, JobBlocks(job)), job.result, folder)
+            result = inspect_checkpoint(out if is_published else job.result)
             write_json(json_file, result)
+            if not is_published:
+                job.publish(overwrite)
         if not quiet:
             print_sizes(out, result)
 

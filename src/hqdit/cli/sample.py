@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hqdit.cli.job import Resume, running_job
 from hqdit.cli.options import (
     BackendName,
     BatchSize,
@@ -52,6 +53,7 @@ def sample(
         Path | None, typer.Option("--npz", help="Also write all images to this .npz, as ADM's suite reads it.")
     ] = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     json_file: JsonFile = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -69,6 +71,9 @@ def sample(
 
         from hqdit.evaluation.image_files import write_adm_npz
         from hqdit.integrations.pixel_pipeline import as_pil
+        from hqdit.jobs.description import model_digest
+        from hqdit.jobs.job import has_published, require_startable
+        from hqdit.jobs.stores import JobImages
         from hqdit.models.adapter import class_conditional_adapter
         from hqdit.models.class_names import choose_classes, class_names
         from hqdit.models.source import find_model, load_scheduler, load_vae
@@ -80,7 +85,8 @@ def sample(
 
         config = SamplingConfig(steps, guidance, sampler)
         folder = find_model(model)
-        require_free(out, overwrite, folder.root)
+        require_free(out, overwrite or (resume and has_published(out)), folder.root)
+        require_startable(out, is_resumed=resume, is_discarding=overwrite)
         require_json(json_file, out, folder.root)
         _require_npz(npz, out, folder.root)
         given = None if classes is None else choose_classes(classes, class_names(folder))
@@ -94,30 +100,42 @@ def sample(
         if vae is None:
             _require_pixels(folder.root, transformer)
         chosen = [labels[index % len(labels)] for index in range(num)]
-        images = to_uint8(
-            generate_images(transformer, load_scheduler(folder), vae, chosen, config, seed, batch_size=batch_size)
-        )
         files = [f"{index:06d}_class{label}.png" for index, label in enumerate(chosen)]
-        with publish_folder(out, overwrite) as staged:
-            for name, image in zip(files, as_pil(images), strict=True):
-                image.save(staged / name)
-            (staged / "grid.png").write_bytes(image_grid(images.numpy(), columns=min(len(labels), num)))
-            if npz is not None:
-                write_adm_npz(npz, images)
-            result = {
-                "files": files,
-                "grid": "grid.png",
-                "classes": chosen,
-                "steps": steps,
-                "guidance": guidance,
-                "sampler": sampler,
-                "seed": seed,
-                "device": str(options.device),
-                "dtype": dtype,
-                "backend": options.backend,
-                "environment": describe_environment(),
-            }
-            write_json(json_file, result)
+        result = {
+            "files": files,
+            "grid": "grid.png",
+            "classes": chosen,
+            "steps": steps,
+            "guidance": guidance,
+            "sampler": sampler,
+            "seed": seed,
+            "device": str(options.device),
+            "dtype": dtype,
+            "backend": options.backend,
+            "environment": describe_environment(),
+        }
+        description = {
+            "model": model_digest(folder),
+            "batch_size": batch_size,
+            **{key: result[key] for key in ("classes", "steps", "guidance", "sampler", "seed", "dtype")},
+        }
+        with running_job(out, description, options, resume=resume, overwrite=overwrite) as job:
+            if not has_published(out):
+                scheduler = load_scheduler(folder)
+                store = JobImages(job)
+                images = to_uint8(
+                    generate_images(
+                        transformer, scheduler, vae, chosen, config, seed, batch_size=batch_size, store=store
+                    )
+                )
+                with publish_folder(job.result, overwrite=True) as staged:
+                    for name, image in zip(files, as_pil(images), strict=True):
+                        image.save(staged / name)
+                    (staged / "grid.png").write_bytes(image_grid(images.numpy(), columns=min(len(labels), num)))
+                if npz is not None:
+                    write_adm_npz(npz, images)
+                write_json(json_file, result)
+                job.publish(overwrite)
         if not quiet:
             say(f"{out}: {num} images and grid.png")
 

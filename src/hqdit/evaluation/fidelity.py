@@ -138,6 +138,15 @@ class NoiseFidelity:
         """(time step, SQNR of the judged branch in dB)."""
         return tuple(zip(self.timesteps, self.branches[self.judged].db_by_timestep, strict=True))
 
+    def to_json(self) -> dict[str, Any]:
+        """The figures in dB as plain JSON values."""
+        return {
+            "conditional": self.conditional,
+            "unconditional": self.unconditional,
+            "guided": self.guided,
+            "by_timestep": [list(pair) for pair in self.by_timestep],
+        }
+
 
 def guided_branch(guidance: float) -> str:
     """Name in `NoiseFidelity.branches` of the prediction after guidance."""

@@ -6,32 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import hqdit
 from hqdit.kernels.selection import current_backend
 from hqdit.models.weights import read_safetensors, write_safetensors
+from hqdit.pipeline.environment import code_digest, library_versions
 from hqdit.pipeline.publish import publish_text
-
-
-@cache
-def code_digest() -> str:
-    """SHA-256 over every file of the package: sources, bundled models and classifiers, compiled kernels.
-
-    A result of other code, another model or other kernels is not taken for one of these.
-    """
-    digest = hashlib.sha256()
-    for root in sorted(map(Path, hqdit.__path__)):
-        for path in sorted(root.rglob("*")):
-            if path.is_file() and path.suffix != ".pyc":
-                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 class ResultCache:
@@ -52,7 +36,7 @@ class ResultCache:
     def _path(self, key: Mapping[str, Any], suffix: str) -> Path:
         surroundings = {
             "code": code_digest(),
-            **{name: version(name) for name in ("torch", "diffusers", "numpy")},
+            **library_versions(),
             "backend": current_backend().description,
             "threads": torch.get_num_threads(),
         }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,25 @@ def source_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 over every file of the package: sources, bundled models and classifiers, compiled kernels.
+
+    A result of other code, another model or other kernels is not taken for one of these.
+    """
+    digest = hashlib.sha256()
+    for root in sorted(map(Path, hqdit.__path__)):
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and path.suffix != ".pyc":
+                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries whose arithmetic a result depends on."""
+    return {name: version(name) for name in ("torch", "diffusers", "numpy")}
 
 
 def describe_environment() -> dict[str, Any]:

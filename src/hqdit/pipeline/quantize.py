@@ -14,6 +14,7 @@ from hqdit.models.adapter import adapter_for
 from hqdit.models.precision import stays_in_float32
 from hqdit.models.source import set_time_frequencies
 from hqdit.pipeline.config import QuantizationConfig
+from hqdit.pipeline.finished_block import BlockStore, FinishedBlock
 from hqdit.pipeline.input_group import InputGroup
 from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan, plan_quantization
 from hqdit.pipeline.record import QuantizationRecord
@@ -24,7 +25,10 @@ from hqdit.progress import track
 
 @torch.no_grad()
 def quantize(
-    model: nn.Module, config: QuantizationConfig | None = None, calibration: CalibrationData | None = None
+    model: nn.Module,
+    config: QuantizationConfig | None = None,
+    calibration: CalibrationData | None = None,
+    blocks: BlockStore | None = None,
 ) -> nn.Module:
     """Replace the model's linear layers by quantized ones, block by block.
 
@@ -34,6 +38,8 @@ def quantize(
         config: the request; None is the preset "hqdit".
         calibration: needed if `config.needs_calibration`, otherwise ignored: a `CalibrationSet` for models on latents,
             time step and class, or `RecordedCalls` for any model.
+        blocks: keeps finished blocks, and has those of an earlier run of the same request on the same model, which are
+            then not quantized again; the result is the same, bit for bit.
 
     Returns:
         `model`, with a `QuantizationRecord` as its attribute `quantization_record`.
@@ -81,8 +87,14 @@ def quantize(
         # A fold turns the modulation's bias b into c (1 + b) - 1, of which 16 bits would keep little of c (1 + b).
         record.dtypes |= {f"{site.name}.bias": torch.float32 for site in adapter.sites(model) if site.is_modulation}
     for block, layers in track(_by_block(plan, len(adapter.blocks(model))), "quantizing blocks"):
-        for name, group in groupby(layers, key=lambda layer: layer.site.input_group):
-            InputGroup(model, plan, list(group), config, stream, input_scales.get(name)).quantize(record)
+        finished = None if blocks is None else blocks.finished(block)
+        if finished is not None:
+            finished.put_into(model, record)
+        else:
+            for name, group in groupby(layers, key=lambda layer: layer.site.input_group):
+                InputGroup(model, plan, list(group), config, stream, input_scales.get(name)).quantize(record)
+            if blocks is not None:
+                blocks.keep(block, FinishedBlock.of(model, [layer.site.name for layer in layers], record))
         if stream is not None:
             stream.advance(block)
     adapter.fuse(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,16 @@ DETERMINISTIC_SCHEDULERS = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
+
+
+class ImageStore(Protocol):
+    """Keeps finished batches of images, and has those of an earlier run with the same arguments."""
+
+    def finished(self, batch: int) -> Tensor | None:
+        """The images of a batch, or None."""
+
+    def keep(self, batch: int, images: Tensor) -> None:
+        """Keep the images of a batch."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +272,7 @@ def generate_images(
     purpose: str = SAMPLE,
     batch_size: int = BATCH_SIZE,
     what: str = "sampling",
+    store: ImageStore | None = None,
 ) -> Tensor:
     """One image per entry of `classes`; image i depends on `seed`, `purpose` and i only.
 
@@ -275,6 +286,7 @@ def generate_images(
         purpose: noise stream, see `sampling.noise`.
         batch_size: images at once; speed only.
         what: title of the progress bar.
+        store: batches that it has finished are taken from there, and the others are kept there.
 
     Returns:
         float32 (len(classes), channels, height, width) in [-1, 1], on the CPU.
@@ -294,16 +306,21 @@ def generate_images(
     images = []
     starts = range(0, len(classes), batch_size)
     for number, start in enumerate(starts):
-        indices = range(start, min(start + batch_size, len(classes)))
-        noise = starting_noise(seed, purpose, indices, shape).to(device)
-        labels = torch.tensor([classes[index] for index in indices], device=device)
-        title = what if len(starts) == 1 else f"{what} ({number + 1} of {len(starts)})"
-        if config.sampler == DDPM_ORIGINAL:
-            fresh = partial(step_noise, seed, purpose, indices, shape=shape)
-            latents = sample_ancestral(model, scheduler, noise, labels, config, fresh, title)
-        else:
-            latents = sample_latents(model, scheduler, noise, labels, config, what=title)
-        images.append(decode_images(latents, vae).cpu())
+        finished = None if store is None else store.finished(number)
+        if finished is None:
+            indices = range(start, min(start + batch_size, len(classes)))
+            noise = starting_noise(seed, purpose, indices, shape).to(device)
+            labels = torch.tensor([classes[index] for index in indices], device=device)
+            title = what if len(starts) == 1 else f"{what} ({number + 1} of {len(starts)})"
+            if config.sampler == DDPM_ORIGINAL:
+                fresh = partial(step_noise, seed, purpose, indices, shape=shape)
+                latents = sample_ancestral(model, scheduler, noise, labels, config, fresh, title)
+            else:
+                latents = sample_latents(model, scheduler, noise, labels, config, what=title)
+            finished = decode_images(latents, vae).cpu()
+            if store is not None:
+                store.keep(number, finished)
+        images.append(finished)
     return torch.cat(images)
 
 
