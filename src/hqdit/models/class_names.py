@@ -91,7 +91,7 @@ def choose_classes(text: str, names: Mapping[int, str]) -> list[int]:
 
 
 def _choose(entry: str, text: str, numbers_of: Mapping[str, list[int]]) -> int:
-    if re.fullmatch(r"[+-]?[0-9]{1,9}", entry):
+    if re.fullmatch(r"[+-]?[0-9]{1,1000}", entry):
         return int(entry)
     found = numbers_of.get(entry.casefold(), [])
     if len(found) == 1:
