@@ -60,7 +60,6 @@ def evaluate(
         )
     with running(quiet_mode=quiet, device=device, dtype=dtype, backend=backend, threads=threads, seed=seed) as options:
         import torch
-        from torch import nn
 
         from hqdit.evaluation.fidelity import (
             EvaluationInputs,
@@ -74,6 +73,7 @@ def evaluate(
         from hqdit.jobs.job import require_startable
         from hqdit.jobs.stores import JobImages, figures, tensors
         from hqdit.models.adapter import class_conditional_adapter
+        from hqdit.models.precision import to_dtype
         from hqdit.models.source import find_model, load_float_transformer, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
         from hqdit.pipeline.environment import describe_environment
@@ -85,7 +85,7 @@ def evaluate(
         require_json(json_file, None, folder.root, original.root)
         if json_file is not None:
             require_startable(json_file, is_resumed=resume, is_discarding=overwrite)
-        quantized = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
+        quantized = to_dtype(load_folder(folder), options.dtype, options.device)
         exact = load_float_transformer(original).to(options.device)  # float32: the yardstick is not rounded
         require_same_shape(exact, quantized)
         require_guidance(exact, guidance)

@@ -67,8 +67,6 @@ def sample(
     require_count("--num", num)
     require_count("--batch-size", batch_size)
     with running(quiet_mode=quiet, device=device, dtype=dtype, backend=backend, threads=threads, seed=seed) as options:
-        from torch import nn
-
         from hqdit.evaluation.image_files import write_adm_npz
         from hqdit.integrations.pixel_pipeline import as_pil
         from hqdit.jobs.description import model_digest
@@ -76,6 +74,7 @@ def sample(
         from hqdit.jobs.stores import JobImages
         from hqdit.models.adapter import class_conditional_adapter
         from hqdit.models.class_names import choose_classes, class_names
+        from hqdit.models.precision import to_dtype
         from hqdit.models.source import find_model, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
         from hqdit.pipeline.environment import describe_environment
@@ -90,7 +89,7 @@ def sample(
         require_json(json_file, out, folder.root)
         _require_npz(npz, out, folder.root)
         given = None if classes is None else choose_classes(classes, class_names(folder))
-        transformer = nn.Module.to(load_folder(folder), device=options.device, dtype=options.dtype)
+        transformer = to_dtype(load_folder(folder), options.dtype, options.device)
         labels = given or list(
             range(min(DEFAULT_CLASSES, class_conditional_adapter(transformer).num_classes(transformer)))
         )
