@@ -175,7 +175,7 @@ class ScriptedLaboratory(Laboratory):
         swing = 0.0 if config.rotation == "none" else self.scatter_db
         noise = [10 ** (-(db + swing * (-1) ** pair) / 10) for pair in range(30)]
         return {
-            "mean_layer_sqnr_db": db + 2,
+            "mean_layer_sqnr_db": [db + 2, db + 1, db + 3],
             "eps_sqnr_db": {"guided 1.5": [db, db - 1, db + 1]},
             "eps_noise_powers": {"guided 1.5": noise},
         }
@@ -187,7 +187,7 @@ def laboratory(tmp_path: Path, **options: Any) -> ScriptedLaboratory:
 
 @pytest.fixture(autouse=True)
 def scripted_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    floor = {"mean_layer_sqnr_db": -2.0, "eps_sqnr_db": {"guided 1.5": [-3.0, -3.5, -2.5]}}
+    floor = {"mean_layer_sqnr_db": [-2.0, -2.5, -1.5], "eps_sqnr_db": {"guided 1.5": [-3.0, -3.5, -2.5]}}
     monkeypatch.setattr(hadamard_cost, "noise_floor", lambda _lab, _subject: floor)
 
 

@@ -88,11 +88,13 @@ def test_moments_of_equal_numbers_are_none():
     side = {"kurtosis_by_timestep": [math.nan, 3.0], "max_over_median": math.inf}
     entry = {"input": "i", "layers": ["l"], "left_db": 1.23456789, "before": side, "after": side}
     entry["histogram"] = {"end": 4.0, "before": [0.123456789, 0.0], "after": [0.0, 1.0]}
+    entry["histogram_by_timestep"] = {"980": entry["histogram"]}
     found = outliers._numbers(entry)
     assert found["before"] == {
         "kurtosis_by_timestep": [None, 3.0],
         "max_over_median": math.inf,
         "density": [0.12346, 0.0],
+        "density_by_timestep": {"980": [0.12346, 0.0]},
     }
     assert found["histogram_end"] == 4.0
     assert found["left_db"] == 1.2346
@@ -130,6 +132,14 @@ def test_every_input_has_a_histogram_in_the_record(record, lab, tiny_subject):
             assert (np.array(density) * width).sum() == pytest.approx(1.0, rel=1e-3)
             assert (np.array(density) * width * centres**2).sum() == pytest.approx(1.0, abs=width)
         assert end >= overall.absmax / np.sqrt(overall.mean_square)
+        at_steps = statistics[entry["layers"][0]].before.by_timestep.mean_square
+        for side in ("before", "after"):
+            by_step = entry[side]["density_by_timestep"]
+            assert list(by_step) == [str(lab.inputs(tiny_subject).timesteps[k]) for k in (0, 4, 7)]
+            for step, density in zip((0, 4, 7), by_step.values(), strict=True):
+                share = at_steps[step] / overall.mean_square
+                assert (np.array(density) * width).sum() == pytest.approx(1.0, rel=1e-3)
+                assert (np.array(density) * width * centres**2).sum() == pytest.approx(share, abs=width)
 
 
 def test_histograms_and_channels_by_time_step(record, lab, tiny_subject):

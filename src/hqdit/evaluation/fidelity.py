@@ -21,7 +21,7 @@ from hqdit.errors import NumericsError, UsageError
 from hqdit.evaluation.bootstrap import bootstrap_interval
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import class_conditional_adapter
-from hqdit.numerics.error import SignalToNoise, decibel
+from hqdit.numerics.error import decibel
 from hqdit.pipeline.checkpoint import quantized_layers
 from hqdit.pipeline.smoothing import smoothed_twin
 from hqdit.progress import track
@@ -102,6 +102,37 @@ class NoisePowers:
         return tuple(
             decibel(float(s), float(n)) for s, n in zip(self.signal.sum(axis=1), self.noise.sum(axis=1), strict=True)
         )
+
+
+class PowerRecorder:
+    """Collects `NoisePowers`, one time step after another."""
+
+    def __init__(self) -> None:
+        self._signal: list[Tensor] = []
+        self._noise: list[Tensor] = []
+
+    def add(self, exact: Tensor, approximate: Tensor) -> None:
+        """Both (pairs, ...): what belongs to the next time step."""
+        exact64 = exact.detach().to(torch.float64)
+        self._signal.append(exact64.square().flatten(1).sum(dim=1))
+        self._noise.append((approximate.detach().to(torch.float64) - exact64).square().flatten(1).sum(dim=1))
+
+    @property
+    def powers(self) -> NoisePowers:
+        """Everything added so far."""
+        return NoisePowers(torch.stack(self._signal).cpu().numpy(), torch.stack(self._noise).cpu().numpy())
+
+
+def mean_db_interval(layers: Mapping[str, NoisePowers]) -> Interval:
+    """Mean over the layers of each one's SQNR, with its 95 % bootstrap interval over trajectories."""
+    sums = [powers.signal.sum(axis=0) for powers in layers.values()]
+    sums += [powers.noise.sum(axis=0) for powers in layers.values()]
+
+    def mean_db(rows: npt.NDArray[np.float64]) -> float:
+        signal, noise = np.split(rows.sum(axis=0), 2)
+        return math.fsum(decibel(float(s), float(n)) for s, n in zip(signal, noise, strict=True)) / len(signal)
+
+    return bootstrap_interval(np.stack(sums, axis=1), mean_db)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,13 +234,10 @@ def prediction_fidelity(
     Raises:
         NumericsError: the quantized model predicts NaN or infinity.
     """
-    signal: dict[str, list[Tensor]] = {}
-    noise: dict[str, list[Tensor]] = {}
+    recorders: dict[str, PowerRecorder] = {}
 
     def add(branch: str, true: Tensor, found: Tensor) -> None:
-        true64 = true.to(torch.float64)
-        signal.setdefault(branch, []).append(true64.square().flatten(1).sum(dim=1))
-        noise.setdefault(branch, []).append((found.to(torch.float64) - true64).square().flatten(1).sum(dim=1))
+        recorders.setdefault(branch, PowerRecorder()).add(true, found)
 
     for timestep, true, found in zip(timesteps, exact, quantized, strict=True):
         if not all(bool(torch.isfinite(branch).all()) for branch in found if branch is not None):
@@ -222,10 +250,7 @@ def prediction_fidelity(
             add("unconditional", true[1], found[1])
             for guidance in guidances:
                 add(guided_branch(guidance), guide(*true, guidance), guide(*found, guidance))
-    powers = {
-        branch: NoisePowers(torch.stack(signal[branch]).cpu().numpy(), torch.stack(noise[branch]).cpu().numpy())
-        for branch in signal
-    }
+    powers = {branch: recorder.powers for branch, recorder in recorders.items()}
     judged = guided_branch(guidances[0]) if "unconditional" in powers and guidances else "conditional"
     return NoiseFidelity(timesteps, powers, judged)
 
@@ -241,8 +266,8 @@ def _observing(model: nn.Module, hooks: dict[str, Callable[..., None]]) -> Itera
 
 
 @torch.no_grad()
-def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInputs) -> dict[str, float]:
-    """Output SQNR of every quantized layer on the inputs that the float model's conditional branch gives it, in dB.
+def layer_powers(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInputs) -> dict[str, NoisePowers]:
+    """Output error of every quantized layer on the inputs that the float model's conditional branch gives it.
 
     Each layer is judged alone: errors of earlier layers do not enter. Where part of a rotation is folded into the
     value projection, inputs and outputs are compared in the rotated basis, which does not change the ratio; where
@@ -255,7 +280,7 @@ def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInp
         layer = layers.get(site.name)
         if layer is not None and layer.spec.rotation.is_folded and site.value_site is not None:
             folded[site.value_site] = layer
-    ratios = {name: SignalToNoise() for name in layers}
+    recorders = {name: PowerRecorder() for name in layers}
 
     def compare(name: str, layer: HQLinear) -> Callable[..., None]:
         reader = folded.get(name)
@@ -266,7 +291,7 @@ def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInp
                 x = rotate_folded(x, layer.spec.rotation, layer.signs)
             if reader is not None and reader.signs is not None:
                 output = rotate_folded(output, reader.spec.rotation, reader.signs)
-            ratios[name].add(output, layer(x))
+            recorders[name].add(output, layer(x))
 
         return hook
 
@@ -274,7 +299,12 @@ def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInp
         for timestep, latents in track(list(zip(inputs.timesteps, inputs.latents, strict=True)), "layer outputs"):
             times = torch.full_like(inputs.classes, timestep)
             predict_branches(exact, latents, times, inputs.classes, 1.0)
-    return {name: ratio.db for name, ratio in ratios.items()}
+    return {name: recorder.powers for name, recorder in recorders.items()}
+
+
+def layer_fidelity(exact: nn.Module, quantized: nn.Module, inputs: EvaluationInputs) -> dict[str, float]:
+    """SQNR in dB of what `layer_powers` compares, per quantized layer."""
+    return {name: powers.db for name, powers in layer_powers(exact, quantized, inputs).items()}
 
 
 def psnr_of_images(exact: Tensor, approximate: Tensor) -> list[float]:

@@ -230,7 +230,7 @@ def _fidelity_table(name: str, sweeps: Mapping[str, Sweep], floor: Mapping[str, 
             score = entry["score"]
             gain = None if alpha == DEFAULT else eps_gain(score, sweep[DEFAULT]["score"], JUDGED)
             judged = Interval(*score["eps_sqnr_db"][JUDGED])
-            rows.append((ROTATIONS[rotation], alpha, score["mean_layer_sqnr_db"], judged, gain))
+            rows.append((ROTATIONS[rotation], alpha, Interval(*score["mean_layer_sqnr_db"]), judged, gain))
     caption = f"{PAIRS} held-out trajectories of {steps} steps; 95 % bootstrap intervals over trajectories"
     return Table(f"Fidelity, {name}", columns, tuple(rows), caption)
 

@@ -199,7 +199,7 @@ def _table(subject: str, scores: Scores, floor: Mapping[str, Any], counted: str)
             gain = None if name == PER_LAYER else eps_gain(score, by_format[PER_LAYER], JUDGED)
             shares = (format_share(score, fmt) for fmt in FIXED)
             judged = Interval(*score["eps_sqnr_db"][JUDGED])
-            rows.append((word, name, score["mean_layer_sqnr_db"], judged, gain, *shares))
+            rows.append((word, name, Interval(*score["mean_layer_sqnr_db"]), judged, gain, *shares))
     return Table(f"Formats on {subject}", columns, tuple(rows), counted)
 
 

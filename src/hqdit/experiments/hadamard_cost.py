@@ -200,8 +200,8 @@ def _score_table(
             (
                 rotation,
                 100 * operations / products,
-                score["mean_layer_sqnr_db"],
-                score["mean_layer_sqnr_db"] - plain["mean_layer_sqnr_db"],
+                Interval(*score["mean_layer_sqnr_db"]),
+                score["mean_layer_sqnr_db"][0] - plain["mean_layer_sqnr_db"][0],
                 Interval(*score["eps_sqnr_db"][JUDGED]),
                 None if rotation == "none" else _gain(found, rotation),
             )

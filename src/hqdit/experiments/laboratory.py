@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from hqdit.evaluation.extractors import Features
 from hqdit.evaluation.fidelity import (
     Branches,
     EvaluationInputs,
-    layer_fidelity,
+    layer_powers,
+    mean_db_interval,
     noise_predictions,
     prediction_fidelity,
 )
@@ -181,7 +181,7 @@ class Laboratory:
             eps_sqnr_db_by_timestep: branch -> values, in the order of `timesteps`.
             timesteps: of the sampler.
             layer_sqnr_db: layer -> output SQNR alone, in dB.
-            mean_layer_sqnr_db: mean of these.
+            mean_layer_sqnr_db: mean of these, [value, low, high] as above.
             formats: layer -> {format name: share of the output channels}.
             bits_per_weight: scales and everything else included.
             quantize_seconds: without drawing calibration data.
@@ -205,15 +205,16 @@ class Laboratory:
         seconds = time.perf_counter() - start
         inputs, exact = self.inputs(subject), self.exact_predictions(subject)
         noise = prediction_fidelity(exact, noise_predictions(model, inputs), inputs.timesteps, *GUIDANCES)
-        layers = layer_fidelity(subject.model, model, inputs)
+        layers = layer_powers(subject.model, model, inputs)
+        mean = mean_db_interval(layers)
         intervals = {branch: powers.db_interval for branch, powers in noise.branches.items()}
         return {
             "eps_sqnr_db": {branch: [found.value, found.low, found.high] for branch, found in intervals.items()},
             "eps_noise_powers": {b: powers.noise.sum(axis=0).tolist() for b, powers in noise.branches.items()},
             "eps_sqnr_db_by_timestep": {b: list(powers.db_by_timestep) for b, powers in noise.branches.items()},
             "timesteps": list(noise.timesteps),
-            "layer_sqnr_db": layers,
-            "mean_layer_sqnr_db": math.fsum(layers.values()) / len(layers),
+            "layer_sqnr_db": {name: powers.db for name, powers in layers.items()},
+            "mean_layer_sqnr_db": [mean.value, mean.low, mean.high],
             "formats": {name: format_shares(layer) for name, layer in quantized_layers(model).items()},
             "bits_per_weight": bits_per_weight(model),
             "quantize_seconds": seconds,

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hqdit.evaluation.fidelity import prediction_fidelity
+from hqdit.evaluation.fidelity import PowerRecorder, mean_db_interval, prediction_fidelity
 from hqdit.experiments.image_scores import FLOAT32
 from hqdit.experiments.laboratory import GUIDANCES, Laboratory
 from hqdit.experiments.subjects import Subject
 from hqdit.models.adapter import adapter_for
-from hqdit.numerics.error import SignalToNoise
 from hqdit.records.run_record import Interval
 from hqdit.sampling.sampler import predict_branches
 
@@ -31,17 +30,17 @@ def noise_floor(lab: Laboratory, subject: Subject) -> dict[str, Any]:
     Returns:
         eps_sqnr_db: branch -> [value, low, high], as in `Laboratory.score`.
         layer_sqnr_db: layer -> output SQNR in dB, on the conditional branch.
-        mean_layer_sqnr_db: mean of these.
+        mean_layer_sqnr_db: mean of these, [value, low, high].
     """
     key = {"what": "noise floor", "subject": subject.name, **lab.settings}
     return lab.cache.numbers(key, lambda: _measure(lab, subject))
 
 
-def reference_rows(floor: Mapping[str, Any], branch: str) -> list[tuple[str, float, float | Interval]]:
+def reference_rows(floor: Mapping[str, Any], branch: str) -> list[tuple[str, float | Interval, float | Interval]]:
     """(name, mean layer SQNR, noise prediction SQNR) of float32, to which paired measures compare, and of the floor."""
     return [
         (FLOAT32, math.inf, math.inf),
-        (FLOOR, floor["mean_layer_sqnr_db"], Interval(*floor["eps_sqnr_db"][branch])),
+        (FLOOR, Interval(*floor["mean_layer_sqnr_db"]), Interval(*floor["eps_sqnr_db"][branch])),
     ]
 
 
@@ -50,13 +49,13 @@ def _measure(lab: Laboratory, subject: Subject) -> dict[str, Any]:
     inputs, exact = lab.inputs(subject), lab.exact_predictions(subject)
     other = [tuple(None if branch is None else branch.roll(1, 0) for branch in branches) for branches in exact]
     noise = prediction_fidelity(exact, other, inputs.timesteps, *GUIDANCES)  # type: ignore[arg-type]
-    ratios: dict[str, SignalToNoise] = {}
+    recorders: dict[str, PowerRecorder] = {}
 
     def compare(name: str) -> Callable[..., None]:
-        ratio = ratios.setdefault(name, SignalToNoise())
+        recorder = recorders.setdefault(name, PowerRecorder())
 
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            ratio.add(output, output.roll(1, 0))
+            recorder.add(output, output.roll(1, 0))
 
         return hook
 
@@ -70,9 +69,10 @@ def _measure(lab: Laboratory, subject: Subject) -> dict[str, Any]:
         for handle in handles:
             handle.remove()
     intervals = {branch: powers.db_interval for branch, powers in noise.branches.items()}
-    layers = {name: ratio.db for name, ratio in ratios.items()}
+    layers = {name: recorder.powers for name, recorder in recorders.items()}
+    mean = mean_db_interval(layers)
     return {
         "eps_sqnr_db": {branch: [found.value, found.low, found.high] for branch, found in intervals.items()},
-        "layer_sqnr_db": layers,
-        "mean_layer_sqnr_db": math.fsum(layers.values()) / len(layers),
+        "layer_sqnr_db": {name: powers.db for name, powers in layers.items()},
+        "mean_layer_sqnr_db": [mean.value, mean.low, mean.high],
     }

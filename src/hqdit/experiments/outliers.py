@@ -94,7 +94,8 @@ def run(lab: Laboratory) -> RunRecord:
             "Models with c = 10 compute the same function as those without; a seeded twentieth of their modulated "
             "channels is ten times larger, and the weights that read them ten times smaller.",
             "A histogram counts an input's numbers in units of their root mean square, which a rotation does not "
-            "change; measurements holds those of all inputs, between -histogram_end and histogram_end.",
+            "change; measurements holds those of all inputs, between -histogram_end and histogram_end: over all time "
+            "steps, and at the first, the middle and the last one.",
             interval_notes("the rotation's signs")[0],
         ),
         measurements={
@@ -125,19 +126,20 @@ def _measure(lab: Laboratory, subject: Subject) -> dict[str, Any]:
     histograms = activation_histograms(subject.model, inputs, config, firsts)
     for entry in found:
         entry["histogram"] = _sides(histograms[entry["layers"][0]])
-    worst = max(found, key=lambda entry: entry["before"]["max_over_median"])
-    name = worst["layers"][0]
-    at_times = {}
+        entry["histogram_by_timestep"] = {}
     for step in shown_steps(len(inputs.timesteps)):
         only = EvaluationInputs((inputs.latents[step],), (inputs.timesteps[step],), inputs.classes)
-        drawn = activation_histograms(subject.model, only, config, {name: statistics[name]})[name]
-        at_times[str(inputs.timesteps[step])] = _sides(drawn)
+        drawn = activation_histograms(subject.model, only, config, firsts)
+        for entry in found:
+            entry["histogram_by_timestep"][str(inputs.timesteps[step])] = _sides(drawn[entry["layers"][0]])
+    worst = max(found, key=lambda entry: entry["before"]["max_over_median"])
+    name = worst["layers"][0]
     return {
         "timesteps": list(inputs.timesteps),
         "inputs": found,
         "worst": {
             "input": worst["input"],
-            "histograms": at_times,
+            "histograms": worst["histogram_by_timestep"],
             "channel_absmax_by_timestep": {
                 side: part.channel_absmax.T.tolist()
                 for side, part in (("before", statistics[name].before), ("after", statistics[name].after))
@@ -189,13 +191,17 @@ def _distribution(found: Distribution) -> dict[str, Any]:
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What is measured of one input, for a record: 5 digits, None for the moments of equal numbers."""
-    sides = {}
+    sides: dict[str, dict[str, Any]] = {}
     for side in ("before", "after"):
         sides[side] = {
             fact: [_rounded(number) for number in value] if isinstance(value, list) else _rounded(value)
             for fact, value in entry[side].items()
         }
         sides[side]["density"] = [_rounded(number) for number in entry["histogram"][side]]
+        sides[side]["density_by_timestep"] = {
+            timestep: [_rounded(number) for number in of_step[side]]
+            for timestep, of_step in entry["histogram_by_timestep"].items()
+        }
     return {
         "input": entry["input"],
         "layers": entry["layers"],

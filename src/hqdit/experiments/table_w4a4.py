@@ -252,12 +252,17 @@ def _grid_table(
 def _layer_table(subject: Subject, bit_widths: Sequence[str], scores: Scores, floor: Mapping[str, Any]) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (FLOAT32, *(math.inf for _ in bit_widths)),
-        (FLOOR, *(floor["mean_layer_sqnr_db"] for _ in bit_widths)),
+        (FLOOR, *(Interval(*floor["mean_layer_sqnr_db"]) for _ in bit_widths)),
     ]
-    rows += [(m, *(scores[subject.name, bits, m]["mean_layer_sqnr_db"] for bits in bit_widths)) for m in METHODS]
+    rows += [
+        (m, *(Interval(*scores[subject.name, bits, m]["mean_layer_sqnr_db"]) for bits in bit_widths)) for m in METHODS
+    ]
     meaning = "mean over the layers of each one's output SQNR on float inputs; higher is better"
     columns = (Column("Method"), *(Column(bits, "dB", 2, meaning) for bits in bit_widths))
-    counted = f"{len(floor['layer_sqnr_db'])} layers, on the same trajectories as the noise prediction"
+    counted = (
+        f"{len(floor['layer_sqnr_db'])} layers, on the same trajectories as the noise prediction; 95 % bootstrap "
+        "intervals over trajectories"
+    )
     return Table(f"Layers alone, {subject.name}", columns, tuple(rows), counted)
 
 
