@@ -11,7 +11,7 @@ from hqdit.kernels import native_library, native_ops
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.backend import TorchBackend
 from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight
-from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise
+from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise, before_rotation
 
 
 class NativeBackend(TorchBackend):
@@ -35,6 +35,11 @@ class NativeBackend(TorchBackend):
         tables = preparation.tables
         if tables is None or x.device.type != "cpu":
             return super().quantize_input(x, preparation, front)
+        if preparation.emphasis is not None:
+            # The kernels do not know this step, which few inputs have: it is done beforehand, with all before it.
+            x = before_rotation(x, preparation, front)
+            preparation = preparation._replace(emphasis=None, input_shift=None, input_scale=None)
+            front = None
         function = scale = shift = None
         eps = 0.0
         if isinstance(front, Pointwise):

@@ -16,9 +16,10 @@ from hqdit.kernels.preparation import Front, InputPreparation, input_tables
 from hqdit.kernels.selection import current_backend
 from hqdit.layers.straight_through import StraightThrough
 from hqdit.numerics.codes import pack_codes, unpack_codes
+from hqdit.quantizers.emphasis import EMPHASIS_DTYPE, emphasise
 from hqdit.quantizers.low_rank import BRANCH_DTYPE
 from hqdit.quantizers.quantized_tensor import QuantizedTensor
-from hqdit.quantizers.spec import LinearSpec
+from hqdit.quantizers.spec import SHIFT_DTYPE, LinearSpec
 from hqdit.transforms.rotation import SIGNS_PER_BYTE, pack_signs, rotate_folded, unpack_signs, unrotate
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class HQLinear(nn.Linear):
         static_scale: float32 (1,), only for a static scale per tensor.
         input_scale: float32 (in_features,), only where the input is smoothed: the factors, applied before the rotation
             by this layer or, where its specification says "folded", by the layers before it.
+        input_shift: bfloat16 (in_features,), only for a centred input: what is subtracted from the input as the layer
+            gets it; the bias holds the product of the weight with it.
+        emphasis: bfloat16 (rank, in_features), B of `quantizers.emphasis`, only where directions are emphasised.
         low_rank_down: bfloat16 (rank, in_features), D, only with a low-rank branch.
         low_rank_up: bfloat16 (out_features, rank), U, likewise.
     Parameter:
@@ -60,6 +64,8 @@ class HQLinear(nn.Linear):
     channel_scale: Tensor | None
     static_scale: Tensor | None
     input_scale: Tensor | None
+    input_shift: Tensor | None
+    emphasis: Tensor | None
     low_rank_down: Tensor | None
     low_rank_up: Tensor | None
 
@@ -86,6 +92,9 @@ class HQLinear(nn.Linear):
         add("channel_scale", (spec.in_features,), torch.float32, wanted=spec.activation.has_channel_scale)
         add("static_scale", (1,), torch.float32, wanted=spec.activation.has_static_scale)
         add("input_scale", (spec.in_features,), torch.float32, wanted=spec.activation.smoothing != "none")
+        add("input_shift", (spec.in_features,), SHIFT_DTYPE, wanted=spec.activation.is_centred)
+        directions = spec.activation.emphasis
+        add("emphasis", (directions, spec.in_features), EMPHASIS_DTYPE, wanted=directions > 0)
         rank = spec.weight.low_rank
         add("low_rank_down", (rank, spec.in_features), BRANCH_DTYPE, wanted=rank > 0)
         add("low_rank_up", (spec.out_features, rank), BRANCH_DTYPE, wanted=rank > 0)
@@ -103,6 +112,8 @@ class HQLinear(nn.Linear):
         static_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
         branch: tuple[Tensor, Tensor] | None = None,
+        input_shift: Tensor | None = None,
+        emphasis: Tensor | None = None,
     ) -> HQLinear:
         """A layer that holds `weight`; the optional tensors must be given where `spec` asks for them.
 
@@ -120,6 +131,8 @@ class HQLinear(nn.Linear):
             "channel_scale": channel_scale,
             "static_scale": static_scale,
             "input_scale": input_scale,
+            "input_shift": input_shift,
+            "emphasis": emphasis,
             "low_rank_down": None if branch is None else branch[0],
             "low_rank_up": None if branch is None else branch[1],
         }
@@ -160,7 +173,9 @@ class HQLinear(nn.Linear):
             self.rotation_signs,
             self.channel_scale,
             self.static_scale,
+            input_shift=None if self.input_shift is None else self.input_shift.to(torch.float32),
             input_scale=self.input_scale if self.spec.activation.smoothing == "applied" else None,
+            emphasis=self.emphasis,
         )
 
     @property
@@ -239,6 +254,8 @@ class HQLinear(nn.Linear):
             and equal(self.channel_scale, other.channel_scale)
             and equal(self.static_scale, other.static_scale)
             and equal(self.input_scale, other.input_scale)
+            and equal(self.input_shift, other.input_shift)
+            and equal(self.emphasis, other.emphasis)
         )
 
     def delivered(self, x: Tensor) -> Tensor:
@@ -266,6 +283,12 @@ class HQLinear(nn.Linear):
             weight = rotate_folded(weight, self.spec.rotation, self.signs)
         return weight
 
+    def delivered_bias(self) -> Tensor | None:
+        """The bias that goes with `delivered_weight`, float32 (out_features,) where the input is centred."""
+        if self.bias is None or self.input_shift is None:
+            return self.bias
+        return self.bias.to(torch.float32) - self.delivered_weight() @ self.input_shift.to(torch.float32)
+
     def dequantized_weight(self) -> Tensor:
         """The float32 weight (out_features, in_features) that stands for the float layer's, branch included.
 
@@ -277,6 +300,8 @@ class HQLinear(nn.Linear):
         if self.channel_scale is not None:
             weight = weight / self.channel_scale
         weight = unrotate(weight, self.spec.rotation, self.signs)
+        if self.emphasis is not None:  # x T W'^T = x (W' T)^T, because T is symmetric
+            weight = emphasise(weight, self.emphasis)
         if self.low_rank_down is None or self.low_rank_up is None:
             return weight if self.input_scale is None else weight * self.input_scale
         branch = self.low_rank_up.to(torch.float32) @ self.low_rank_down.to(torch.float32)

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hqdit.errors import CheckpointError, HQDiTError, UsageError
 from hqdit.formats.catalog import format_from_json
 from hqdit.formats.number_format import NumberFormat
@@ -21,6 +23,9 @@ STATIC_GRANULARITIES = ("tensor", "channel", "channel-token")
 
 #: Where the factors that smooth a layer's input are applied: nowhere, by the layers before it, or by the layer.
 SMOOTHING_PLACES = ("none", "folded", "applied")
+
+#: The dtype in which the mean of a centred input is stored; what rounding takes from it the bias does not see.
+SHIFT_DTYPE = torch.bfloat16
 
 INT32_MAX = 2**31 - 1
 
@@ -65,12 +70,23 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Input of one layer; see `ACTIVATION_GRANULARITIES` and `SMOOTHING_PLACES`."""
+    """Input of one layer.
+
+    Attributes:
+        format: of its codes.
+        granularity: one of `ACTIVATION_GRANULARITIES`.
+        group_size: channels that share a scale; None unless the granularity is group.
+        smoothing: one of `SMOOTHING_PLACES`.
+        is_centred: whether a static mean per channel is subtracted first; the bias holds what it stood for.
+        emphasis: number of directions in which the input is stretched before the rotation (`quantizers.emphasis`).
+    """
 
     format: NumberFormat
     granularity: str = "token"
     group_size: int | None = None
     smoothing: str = "none"
+    is_centred: bool = False
+    emphasis: int = 0
 
     @property
     def has_channel_scale(self) -> bool:
@@ -120,6 +136,7 @@ class LinearSpec:
                 f"{', '.join(SMOOTHING_PLACES)}. Fix: pick one of them"
             )
         self._require_rank()
+        self._require_emphasis()
         for side in (self.weight, self.activation):
             if side.granularity == "group":
                 require_group_size(side.group_size, self.in_features, self.name)
@@ -180,6 +197,19 @@ class LinearSpec:
                 "needed the unrotated input. Fix: use --no-fold-value-rotation"
             )
 
+    def _require_emphasis(self) -> None:
+        rank = self.activation.emphasis
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= self.in_features:
+            raise UsageError(
+                f"{self.name}: found {rank} emphasised directions on {self.in_features} input channels, needed an "
+                f"integer from 0 to {self.in_features}. Fix: change --emphasis or --exclude this layer"
+            )
+        if rank and self.rotation.is_folded:
+            raise UsageError(
+                f"{self.name}: found emphasised directions behind a rotation that is folded into the value projection, "
+                "needed the unrotated input. Fix: use --no-fold-value-rotation"
+            )
+
     @property
     def is_int8(self) -> bool:
         """Whether the product runs as an exact int8 product; otherwise it runs dequantized in float32."""
@@ -207,6 +237,10 @@ class LinearSpec:
             weight["low_rank"] = self.weight.low_rank
         if self.activation.smoothing != "none":
             activation["smoothing"] = self.activation.smoothing
+        if self.activation.is_centred:
+            activation["is_centred"] = True
+        if self.activation.emphasis:
+            activation["emphasis"] = self.activation.emphasis
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -242,6 +276,8 @@ class LinearSpec:
                     activation["granularity"],
                     activation.get("group_size"),
                     activation.get("smoothing", "none"),
+                    activation.get("is_centred", False),
+                    activation.get("emphasis", 0),
                 ),
                 RotationSpec.from_json(rotation, int(value["in_features"])),
             )
