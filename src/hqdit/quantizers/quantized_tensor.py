@@ -1,4 +1,4 @@
-"""A weight as codes and scales, and round-to-nearest, the plain way to get there."""
+"""A weight as codes and scales: choosing scales, and round-to-nearest, the plain way to get there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hqdit.formats.number_format import NumberFormat
 from hqdit.numerics.codes import decode
 from hqdit.numerics.rounding import nearest_codes, require_no_nan
 from hqdit.quantizers.scaling import choose_scale
+from hqdit.quantizers.short_scales import SHORT_DTYPE, merge_scales, neighbour_scales, split_scales
 from hqdit.quantizers.spec import WeightSpec
 
 
@@ -20,7 +21,8 @@ class QuantizedTensor:
 
     Attributes:
         codes: uint8 (out_features, in_features), one code each.
-        scale: float32, shape `spec.scale_shape(...)`; number = level * scale.
+        scale: float32, shape `spec.scale_shape(...)`; number = level * scale. Where the spec keeps scales in 8 bits,
+            numbers that can be kept so (`storable_scales`).
         format_index: uint8 (out_features,) into `spec.formats`, or None where there is one format.
         spec: formats and granularity.
     """
@@ -57,13 +59,15 @@ def spread_scale(scale: Tensor, in_features: int) -> Tensor:
 
 
 def weight_scales(weight: Tensor, spec: WeightSpec, format_index: Tensor | None, rule: str) -> Tensor:
-    """Scales of every tensor, channel or group by the rule "absmax" or "mse".
+    """Scales of every tensor, channel or group by the rule "absmax" or "mse", as they are stored.
 
     Args:
         weight: floating point (out_features, in_features).
 
     Returns:
-        float32, shape `spec.scale_shape(...)`.
+        float32, shape `spec.scale_shape(...)`; rounded already where the spec keeps scales in 8 bits, so that codes
+        are chosen for the scales that they are multiplied with. The rule "mse" then has its way once more: of the
+        nearest number and the two beside it, a scale gets the one with the least squared rounding error.
     """
     out_features, in_features = weight.shape
     if spec.granularity == "tensor":
@@ -73,7 +77,34 @@ def weight_scales(weight: Tensor, spec: WeightSpec, format_index: Tensor | None,
     scale = torch.empty(shape, dtype=torch.float32, device=weight.device)
     for rows, fmt in rows_by_format(format_index, spec, out_features, weight.device):
         scale[rows] = choose_scale(grouped[rows], fmt, rule)
-    return scale
+    if spec.has_short_scales and rule == "mse":
+        return _best_short_scales(weight, scale, spec, format_index)
+    return storable_scales(scale, spec)
+
+
+def _best_short_scales(weight: Tensor, scale: Tensor, spec: WeightSpec, format_index: Tensor | None) -> Tensor:
+    """Scales in 8 bits next to `scale`, by the least squared error of rounding to nearest with them."""
+    short, unit = split_scales(scale)
+    best, best_error = short, torch.full_like(scale, torch.inf, dtype=torch.float64)
+    for step in (0, -1, 1):  # the nearest first, so that ties keep it
+        candidate = neighbour_scales(short, step)
+        rounded = round_to_nearest(weight, merge_scales(candidate, unit), spec, format_index).dequantize()
+        error = (rounded - weight).to(torch.float64).square().reshape(*scale.shape, -1).sum(dim=-1)
+        is_better = error < best_error
+        best = torch.where(is_better, candidate.view(torch.uint8), best.view(torch.uint8)).view(SHORT_DTYPE)
+        best_error = torch.where(is_better, error, best_error)
+    return merge_scales(best, unit)
+
+
+def storable_scales(scale: Tensor, spec: WeightSpec) -> Tensor:
+    """The scales that stand for `scale` in a checkpoint: the same, or rounded to 8 bits.
+
+    Args:
+        scale: float32, shape `spec.scale_shape(...)`, at least `MIN_SCALE`; NaN where the weight is not finite.
+
+    Exact: what it returns, it leaves as it is.
+    """
+    return merge_scales(*split_scales(scale)) if spec.has_short_scales else scale
 
 
 def round_to_nearest(weight: Tensor, scale: Tensor, spec: WeightSpec, format_index: Tensor | None) -> QuantizedTensor:
