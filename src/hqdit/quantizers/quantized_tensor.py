@@ -1,8 +1,8 @@
-"""A weight as codes and scales: choosing scales, and round-to-nearest, the plain way to get there."""
+"""A weight as codes and scales: choosing scales, round-to-nearest, and scales that fit given codes better."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from hqdit.formats.number_format import NumberFormat
 from hqdit.numerics.codes import decode
 from hqdit.numerics.rounding import nearest_codes, require_no_nan
-from hqdit.quantizers.scaling import choose_scale
+from hqdit.quantizers.scaling import MIN_SCALE, choose_scale
 from hqdit.quantizers.short_scales import SHORT_DTYPE, merge_scales, neighbour_scales, split_scales
 from hqdit.quantizers.spec import WeightSpec
 
@@ -32,12 +32,17 @@ class QuantizedTensor:
     format_index: Tensor | None
     spec: WeightSpec
 
-    def dequantize(self) -> Tensor:
-        """The numbers that the codes stand for, float32 (out_features, in_features)."""
+    @property
+    def levels(self) -> Tensor:
+        """The levels that the codes stand for, float32 (out_features, in_features)."""
         levels = torch.empty(self.codes.shape, dtype=torch.float32, device=self.codes.device)
         for rows, fmt in rows_by_format(self.format_index, self.spec, self.codes.shape[0], self.codes.device):
             levels[rows] = decode(self.codes[rows], fmt)
-        return levels * spread_scale(self.scale, self.codes.shape[1])
+        return levels
+
+    def dequantize(self) -> Tensor:
+        """The numbers that the codes stand for, float32 (out_features, in_features)."""
+        return self.levels * spread_scale(self.scale, self.codes.shape[1])
 
 
 def rows_by_format(
@@ -123,3 +128,36 @@ def round_to_nearest(weight: Tensor, scale: Tensor, spec: WeightSpec, format_ind
     for rows, fmt in rows_by_format(format_index, spec, weight.shape[0], weight.device):
         codes[rows] = nearest_codes(scaled[rows], fmt)
     return QuantizedTensor(codes, scale, format_index, spec)
+
+
+def refit_scales(weight: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """Scales of least squared error for the levels that `quantized` has: <w, q> / <q, q> of each of them.
+
+    Scales in 8 bits keep their E4M3 numbers, and it is the units that are refitted, for each output channel as a whole.
+    A scale (or a channel's unit) stays as it is where the refitted one would not be positive or not lower the error.
+
+    Args:
+        weight: floating point (out_features, in_features), what `quantized` stands for.
+        quantized: codes, whose levels are kept.
+
+    Returns:
+        float32, shape of `quantized.scale`; scales that can be stored.
+    """
+    spec, scale = quantized.spec, quantized.scale
+    directions, parts, shape = quantized.levels.to(torch.float64), torch.ones_like(scale), scale.shape
+    if spec.has_short_scales:
+        short, unit = split_scales(scale)
+        parts, shape = merge_scales(short, torch.ones_like(unit)), unit.shape
+        directions = directions * spread_scale(parts, weight.shape[1])
+    exact = weight.to(torch.float64)
+
+    def error(candidate: Tensor) -> Tensor:
+        difference = exact - replace(quantized, scale=candidate).dequantize().to(torch.float64)
+        return difference.square().reshape(*shape, -1).sum(dim=-1)
+
+    power = directions.square().reshape(*shape, -1).sum(dim=-1)
+    factor = (exact * directions).reshape(*shape, -1).sum(dim=-1) / power  # NaN where all levels are 0
+    refitted = factor.to(torch.float32) * parts
+    is_positive = (refitted >= MIN_SCALE).reshape(*shape, -1).all(dim=-1)
+    refitted = storable_scales(torch.where(is_positive, refitted, scale), spec)
+    return torch.where(is_positive & (error(refitted) < error(scale)), refitted, scale)
