@@ -18,6 +18,7 @@ from torch import Tensor
 
 import hqdit
 from hqdit.analysis.inspection import bits_per_weight, inspect_checkpoint
+from hqdit.cli.main import run
 from hqdit.errors import CheckpointError
 from hqdit.models.dit_block import FusedDiTBlock
 from hqdit.models.weights import WEIGHTS_NAME
@@ -167,8 +168,20 @@ def test_bits_are_counted(original: Path, model: Any) -> None:
     facts = inspect_checkpoint(original)
     assert facts["layers"][LAYER]["bits_per_weight"] == 8 * layer.storage_bytes / (72 * 288)
     assert facts["bits_per_weight"] == bits_per_weight(model)
+    scales = {key: value for key, value in facts["layers"][LAYER].items() if "_scale_" in key}
+    assert scales == {
+        "weight_scale_format": "e4m3",
+        "activation_scale_format": "e4m3",
+        "activation_scale_rule": "rms",
+        "activation_scale_factor": 0.2,
+    }
     # 8 / 12 instead of 32 / 12 bits of scale a weight, less the units.
     assert bits_per_weight(model) < bits_per_weight(grouped()) - 1
+
+
+def test_inspect_shows_them(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(original)]) == 0
+    assert capsys.readouterr().out.count("group e4m3 x group e4m3") == 7
 
 
 def test_files_of_before_keep_their_bytes(tmp_path: Path) -> None:
