@@ -47,10 +47,9 @@ class NativeBackend(TorchBackend):
         elif isinstance(front, LayerNormModulate):
             scale, shift, eps = front.scale, front.shift, front.eps
         activation = preparation.activation
-        is_dynamic = activation.granularity in ("token", "channel-token", "group")
         # Granularity channel has no scale but the folded one: a static scale of 1.
-        static = None if is_dynamic else preparation.static_scale
-        if not is_dynamic and static is None:
+        static = None if activation.has_dynamic_scale else preparation.static_scale
+        if not activation.has_dynamic_scale and static is None:
             static = torch.ones(1)
         levels, token_scale = native_ops.rotate_quantize(
             _in_rows(x if x.dtype in native_ops.KERNEL_DTYPES else x.to(torch.float32)),
@@ -65,7 +64,9 @@ class NativeBackend(TorchBackend):
             preparation.input_scale,
             preparation.channel_scale,
             static,
-            preparation.rms_factor,
+            activation.scale_rule,
+            activation.scale_factor,
+            activation.has_short_scales,
             activation.group_size or x.shape[1],
             tables.thresholds,
             tables.rung_levels,

@@ -93,7 +93,7 @@ class InputPreparation(NamedTuple):
     """What a layer does to its input before the product.
 
     Attributes:
-        activation: format and granularity.
+        activation: format, granularity and how scales are found.
         rotation: the rotation, of which the online part is done here.
         tables: `input_tables` of the two.
         rotation_signs: uint8 (ceil(width / 8),), see `transforms.rotation.pack_signs`; None without a rotation.
@@ -101,8 +101,6 @@ class InputPreparation(NamedTuple):
         static_scale: float32 (1,) for granularity tensor.
         input_shift, input_scale: float32 (width,): (x - shift) * scale before the rotation; None for none.
         emphasis: bfloat16 (rank, width): directions that are stretched before the rotation (`quantizers.emphasis`).
-        rms_factor: the scale of a token or group is this times its root mean square instead of absmax / top; None for
-            absmax.
     """
 
     activation: ActivationSpec
@@ -114,7 +112,6 @@ class InputPreparation(NamedTuple):
     input_shift: Tensor | None = None
     input_scale: Tensor | None = None
     emphasis: Tensor | None = None
-    rms_factor: float | None = None
 
 
 def apply_front(x: Tensor, front: Front) -> Tensor:
@@ -169,4 +166,4 @@ def prepare_input(x: Tensor, preparation: InputPreparation, front: Front = None)
     y = rotate_online(y, preparation.rotation, signs)
     if preparation.channel_scale is not None:
         y = y / preparation.channel_scale
-    return quantize_activation(y, preparation.activation, preparation.static_scale, preparation.rms_factor)
+    return quantize_activation(y, preparation.activation, preparation.static_scale)

@@ -19,6 +19,7 @@ from hqdit.numerics.codes import pack_codes, unpack_codes
 from hqdit.quantizers.emphasis import EMPHASIS_DTYPE, emphasise
 from hqdit.quantizers.low_rank import BRANCH_DTYPE
 from hqdit.quantizers.quantized_tensor import QuantizedTensor
+from hqdit.quantizers.short_scales import SHORT_DTYPE, merge_scales, split_scales
 from hqdit.quantizers.spec import SHIFT_DTYPE, LinearSpec
 from hqdit.transforms.rotation import SIGNS_PER_BYTE, pack_signs, rotate_folded, unpack_signs, unrotate
 
@@ -41,7 +42,9 @@ class HQLinear(nn.Linear):
 
     Buffers, which are the checkpoint (docs/checkpoint.md):
         qweight: uint8 (out_features, in_features / 2) packed codes; (out_features, in_features) above 4 bits.
-        weight_scale: float32 (1, 1), (out_features, 1) or (out_features, groups).
+        weight_scale: float32 (1, 1), (out_features, 1) or (out_features, groups); float8_e4m3fn (out_features, groups)
+            where scales are kept in 8 bits.
+        weight_scale_unit: float32 (out_features, 1), only where they are: a scale is its E4M3 number times this.
         format_index: uint8 (out_features,), only where every output channel chose its format.
         rotation_signs: uint8 (ceil(in_features / 8),), only where the input is rotated.
         channel_scale: float32 (in_features,), only for static per-channel activation scales.
@@ -59,6 +62,7 @@ class HQLinear(nn.Linear):
 
     qweight: Tensor
     weight_scale: Tensor
+    weight_scale_unit: Tensor | None
     format_index: Tensor | None
     rotation_signs: Tensor | None
     channel_scale: Tensor | None
@@ -85,7 +89,10 @@ class HQLinear(nn.Linear):
 
         row_bytes = packed_row_bytes(spec.in_features, spec.weight.formats[0])
         add("qweight", (spec.out_features, row_bytes), torch.uint8)
-        add("weight_scale", spec.weight.scale_shape(spec.out_features, spec.in_features), torch.float32)
+        is_short = spec.weight.has_short_scales
+        scale_shape = spec.weight.scale_shape(spec.out_features, spec.in_features)
+        add("weight_scale", scale_shape, SHORT_DTYPE if is_short else torch.float32)
+        add("weight_scale_unit", (spec.out_features, 1), torch.float32, wanted=is_short)
         add("format_index", (spec.out_features,), torch.uint8, wanted=len(spec.weight.formats) > 1)
         sign_bytes = -(-spec.in_features // SIGNS_PER_BYTE)
         add("rotation_signs", (sign_bytes,), torch.uint8, wanted=not spec.rotation.is_identity)
@@ -120,12 +127,17 @@ class HQLinear(nn.Linear):
         `branch` is the pair (low_rank_down, low_rank_up).
 
         Raises:
-            ValueError: a tensor is missing, not asked for, or of another shape or dtype than the class says.
+            ValueError: a tensor is missing, not asked for, or of another shape or dtype than the class says; or the
+                spec keeps scales in 8 bits and those of `weight` are none (`quantizers.quantized_tensor`).
         """
         layer = cls(spec, bias=bias is not None, device=weight.codes.device)
+        scale, unit = split_scales(weight.scale) if spec.weight.has_short_scales else (weight.scale, None)
+        if unit is not None and not torch.equal(merge_scales(scale, unit), weight.scale):
+            raise ValueError(f"{spec.name}: found scales beyond 8 bits, needed what storable_scales gives")
         buffers = {
             "qweight": pack_codes(weight.codes, spec.weight.formats[0]),
-            "weight_scale": weight.scale,
+            "weight_scale": scale,
+            "weight_scale_unit": unit,
             "format_index": weight.format_index,
             "rotation_signs": None if signs is None else pack_signs(signs),
             "channel_scale": channel_scale,
@@ -184,11 +196,17 @@ class HQLinear(nn.Linear):
         return self.low_rank_down is None
 
     @property
+    def effective_scale(self) -> Tensor:
+        """The weight's scales as they are multiplied with, float32, shape of `weight_scale`: number = level * this."""
+        if self.weight_scale_unit is None:
+            return self.weight_scale
+        return merge_scales(self.weight_scale, self.weight_scale_unit)
+
+    @property
     def packed_weight(self) -> PackedWeight:
         """The weight and the bias as the kernels take them."""
-        return PackedWeight(
-            self.qweight, self.weight_scale, self.format_index, self.spec.weight.formats, self._level_tables, self.bias
-        )
+        formats, tables = self.spec.weight.formats, self._level_tables
+        return PackedWeight(self.qweight, self.effective_scale, self.format_index, formats, tables, self.bias)
 
     def quantize_input(self, x: Tensor, front: Front = None) -> QuantizedActivation:
         """Front, rotation and rounding: (..., in_features) -> levels (tokens, in_features) and scales."""
@@ -227,7 +245,7 @@ class HQLinear(nn.Linear):
         Raises:
             UsageError: a dtype of 8 bits, which would spoil the bias.
         """
-        dtype = fn(self.weight_scale.new_empty(0)).dtype
+        dtype = fn(self.weight_scale.new_empty(0, dtype=torch.float32)).dtype
         if dtype.itemsize < 2:
             raise UsageError(
                 f"{self.spec.name}: found a cast of a quantized layer to {dtype}, needed at least 16 bits for its "
@@ -296,7 +314,7 @@ class HQLinear(nn.Linear):
         """
         codes = torch.empty((self.out_features, self.in_features), dtype=torch.uint8, device=self.qweight.device)
         codes[:] = unpack_codes(self.qweight, self.spec.weight.formats[0])
-        weight = QuantizedTensor(codes, self.weight_scale, self.format_index, self.spec.weight).dequantize()
+        weight = QuantizedTensor(codes, self.effective_scale, self.format_index, self.spec.weight).dequantize()
         if self.channel_scale is not None:
             weight = weight / self.channel_scale
         weight = unrotate(weight, self.spec.rotation, self.signs)
@@ -315,8 +333,13 @@ class HQLinear(nn.Linear):
         """Shape, formats and rotation on one line."""
         formats = "/".join(fmt.name for fmt in self.spec.weight.formats)
         rank = f" + rank {self.spec.weight.low_rank}" if self.spec.weight.low_rank else ""
+        weight_scales, scales = (
+            f" with {side.scale_format} scales" if side.has_short_scales else ""
+            for side in (self.spec.weight, self.spec.activation)
+        )
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"weight={formats} per {self.spec.weight.granularity}{rank}, activation={self.spec.activation.format} per "
-            f"{self.spec.activation.granularity}, rotation={self.spec.rotation.describe()}"
+            f"weight={formats} per {self.spec.weight.granularity}{weight_scales}{rank}, "
+            f"activation={self.spec.activation.format} per {self.spec.activation.granularity}{scales}, "
+            f"rotation={self.spec.rotation.describe()}"
         )

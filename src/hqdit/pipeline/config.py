@@ -11,7 +11,12 @@ from hqdit.errors import UsageError
 from hqdit.formats.catalog import FORMAT_NAMES, FP4_FORMATS, format_from_json
 from hqdit.formats.number_format import FloatFormat, IntegerFormat, NumberFormat
 from hqdit.quantizers.scaling import SCALE_RULES
-from hqdit.quantizers.spec import ACTIVATION_GRANULARITIES, STATIC_GRANULARITIES, WEIGHT_GRANULARITIES
+from hqdit.quantizers.spec import (
+    ACTIVATION_GRANULARITIES,
+    SCALE_FORMATS,
+    STATIC_GRANULARITIES,
+    WEIGHT_GRANULARITIES,
+)
 from hqdit.transforms.rotation import parse_block
 
 #: Let data choose among E3M0, E2M1 and E1M2.
@@ -20,8 +25,10 @@ SELECT_FP4 = "fp4"
 SAME_AS_WEIGHTS = "same"
 
 GROUP_FITS = ("exact", "at-most")
-ACTIVATION_SCALE_RULES = ("absmax", "clipped", "rms")
-SCALE_FORMATS = ("float32", "e4m3")
+#: Of dynamic scales; clipped is absmax with a factor below 1.
+DYNAMIC_SCALE_RULES = ("absmax", "clipped", "rms")
+#: Of weights: those of `quantizers.scaling`, and mse with scales that are fitted to the codes afterwards.
+WEIGHT_SCALE_RULES = (*SCALE_RULES, "mse-refit")
 SMOOTHING_STATISTICS = ("absmax", "rms")
 
 KEEP_DTYPES = ("float32", "bfloat16", "float16")
@@ -105,9 +112,9 @@ class QuantizationConfig:
             ("--activation-granularity", self.activation_granularity, ACTIVATION_GRANULARITIES),
             ("--format-granularity", self.format_granularity, ("layer", "channel")),
             ("--group-fit", self.group_fit, GROUP_FITS),
-            ("--activation-scale-rule", self.activation_scale_rule, ACTIVATION_SCALE_RULES),
+            ("--activation-scale-rule", self.activation_scale_rule, DYNAMIC_SCALE_RULES),
             ("--scale-format", self.scale_format, SCALE_FORMATS),
-            ("--scale-rule", self.scale_rule, SCALE_RULES),
+            ("--scale-rule", self.scale_rule, WEIGHT_SCALE_RULES),
             ("--smoothing-statistic", self.smoothing_statistic, SMOOTHING_STATISTICS),
             ("--keep-dtype", self.keep_dtype, (None, *KEEP_DTYPES)),
         ):

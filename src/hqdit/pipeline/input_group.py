@@ -26,7 +26,7 @@ from hqdit.quantizers.emphasis import Emphasis, choose_emphasis, deemphasise_wei
 from hqdit.quantizers.exponent_search import channel_shifts, search_exponents
 from hqdit.quantizers.format_selection import range_statistic, select_format
 from hqdit.quantizers.low_rank import BRANCH_DTYPE, low_rank_factors
-from hqdit.quantizers.quantized_tensor import QuantizedTensor, round_to_nearest, weight_scales
+from hqdit.quantizers.quantized_tensor import QuantizedTensor, refit_scales, round_to_nearest, weight_scales
 from hqdit.quantizers.scaling import MIN_SCALE
 from hqdit.quantizers.spec import SHIFT_DTYPE, STATIC_GRANULARITIES, ActivationSpec, LinearSpec, WeightSpec
 from hqdit.transforms.rotation import rotate, rotate_online
@@ -366,7 +366,10 @@ def _quantize_weight(
     weight = layer.weight.to(torch.float32)
     scale = layer.scale
     if scale is None:
-        scale = weight_scales(weight, spec.weight, format_index, config.scale_rule)
+        rule = "mse" if config.scale_rule == "mse-refit" else config.scale_rule
+        scale = weight_scales(weight, spec.weight, format_index, rule)
+        if config.scale_rule == "mse-refit":
+            scale = refit_scales(weight, round_to_nearest(weight, scale, spec.weight, format_index))
     if hessian is None:
         return round_to_nearest(weight, scale, spec.weight, format_index), {"method": "nearest"}
     quantized, outcome = gptq_quantize(weight, hessian, scale, spec.weight, format_index, config.act_order, spec.name)

@@ -14,6 +14,7 @@ from hqdit.layers.matrix_layers import is_matrix_layer, matrix_shape
 from hqdit.models.adapter import LinearSite, adapter_for
 from hqdit.models.precision import stays_in_float32
 from hqdit.pipeline.config import SELECT_FP4, QuantizationConfig
+from hqdit.quantizers.expected_scale import absmax_factor, rms_factor
 from hqdit.quantizers.spec import ActivationSpec, LinearSpec, WeightSpec, require_group_size
 from hqdit.transforms.rotation import RotationSpec, plan_rotation
 
@@ -104,7 +105,8 @@ def _draft(layer: PlannedLayer, config: QuantizationConfig) -> LinearSpec:
 def weight_spec(config: QuantizationConfig, formats: tuple[NumberFormat, ...], width: int) -> WeightSpec:
     """The specification of a weight of `width` input channels in `formats`, as `config` asks for it."""
     group_size = config.group_size_for(width) if config.weight_granularity == "group" else None
-    return WeightSpec(formats, config.weight_granularity, group_size, config.low_rank)
+    scale_format = config.scale_format if group_size is not None else "float32"
+    return WeightSpec(formats, config.weight_granularity, group_size, config.low_rank, scale_format)
 
 
 def activation_spec(
@@ -119,7 +121,21 @@ def activation_spec(
         emphasis: rank of the emphasis that was chosen.
     """
     group_size = config.group_size_for(layer.in_features) if config.activation_granularity == "group" else None
-    return ActivationSpec(fmt, config.activation_granularity, group_size, layer.smoothing, config.centring, emphasis)
+    factor = 1.0
+    if config.activation_scale_rule != "absmax":
+        of_rule = rms_factor if config.activation_scale_rule == "rms" else absmax_factor
+        factor = of_rule(fmt, group_size or layer.in_features)
+    return ActivationSpec(
+        fmt,
+        config.activation_granularity,
+        group_size,
+        layer.smoothing,
+        "rms" if config.activation_scale_rule == "rms" else "absmax",
+        factor,
+        config.scale_format if group_size is not None else "float32",
+        config.centring,
+        emphasis,
+    )
 
 
 def plan_quantization(model: nn.Module, config: QuantizationConfig) -> QuantizationPlan:
