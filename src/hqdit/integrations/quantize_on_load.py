@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from hqdit.integrations.arriving_weights import ArrivingWeights
 from hqdit.integrations.model_tensors import set_tensor
 from hqdit.pipeline.config import QuantizationConfig
-from hqdit.pipeline.input_group import InputGroup, KnownInput
+from hqdit.pipeline.input_group import InputGroup
+from hqdit.pipeline.known_input import KnownInput
 from hqdit.pipeline.plan import PlannedLayer, plan_quantization
 from hqdit.pipeline.record import QuantizationRecord
 

@@ -18,17 +18,18 @@ from hqdit.kernels.activation import quantize_activation
 from hqdit.layers.matrix_layers import weight_matrix
 from hqdit.layers.pointwise_conv import quantized_class
 from hqdit.pipeline.config import SAME_AS_WEIGHTS, QuantizationConfig
+from hqdit.pipeline.known_input import KnownInput
 from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan, activation_spec, weight_spec
 from hqdit.pipeline.record import QuantizationRecord
 from hqdit.pipeline.rotation_check import signs_of, weight_to_rotate
-from hqdit.pipeline.survey import InputSurvey, TokenSample
-from hqdit.quantizers.emphasis import Emphasis, choose_emphasis, deemphasise_weight, emphasise
+from hqdit.pipeline.survey import TokenSample
+from hqdit.quantizers.emphasis import deemphasise_weight, emphasise
 from hqdit.quantizers.exponent_search import channel_shifts, search_exponents
 from hqdit.quantizers.format_selection import range_statistic, select_format
 from hqdit.quantizers.low_rank import BRANCH_DTYPE, low_rank_factors
 from hqdit.quantizers.quantized_tensor import QuantizedTensor, refit_scales, round_to_nearest, weight_scales
 from hqdit.quantizers.scaling import MIN_SCALE
-from hqdit.quantizers.spec import SHIFT_DTYPE, STATIC_GRANULARITIES, ActivationSpec, LinearSpec, WeightSpec
+from hqdit.quantizers.spec import STATIC_GRANULARITIES, ActivationSpec, LinearSpec, WeightSpec
 from hqdit.transforms.rotation import rotate, rotate_online
 
 #: Calibration tokens that the exponent search looks at.
@@ -72,20 +73,6 @@ class _Choice(NamedTuple):
     search_error: float | None = None
 
 
-class KnownInput(NamedTuple):
-    """What was found out about an input of the float model before anything was quantized.
-
-    Attributes:
-        scale: 1 / s of the smoothing, float32 (in_features,), or None.
-        survey: None where the request needs none.
-        gradients: `calibration.sensitivity.gradient_sketches` of it, or None.
-    """
-
-    scale: Tensor | None = None
-    survey: InputSurvey | None = None
-    gradients: Tensor | None = None
-
-
 class InputGroup:
     """The layers that share one input: one smoothing, one rotation, one activation format, one Hessian.
 
@@ -115,8 +102,7 @@ class InputGroup:
         self._input_scale = known.scale
         # Where earlier layers have absorbed the factors, inputs and weights are smoothed already.
         self._applied_scale = known.scale if self._first.smoothing == "applied" else None
-        self._shift = self._mean(known) if config.centring else None
-        self._emphasis = self._chosen_emphasis(known) if config.emphasis else None
+        self._shift, self._emphasis = known.shift, known.emphasis
         self._layers = [self._prepared(layer, plan) for layer in layers]
 
     def quantize(self, record: QuantizationRecord) -> None:
@@ -127,25 +113,6 @@ class InputGroup:
             moments = self._moments(choice)
         for layer in self._layers:
             self._replace(layer, choice, moments, record)
-
-    def _delivered(self, x: Tensor, known: KnownInput) -> Tensor:
-        """Numbers of the float model's input as the layers before this group deliver them now."""
-        return x * known.scale if known.scale is not None and self._first.smoothing == "folded" else x
-
-    def _mean(self, known: KnownInput) -> Tensor:
-        assert known.survey is not None  # needs_survey made sure of it
-        return self._delivered(known.survey.mean, known).to(SHIFT_DTYPE)
-
-    def _chosen_emphasis(self, known: KnownInput) -> Emphasis | None:
-        assert known.survey is not None
-        if known.gradients is None:  # the output does not depend on this input
-            return None
-        x, gradients = self._delivered(known.survey.sample, known), known.gradients
-        if self._shift is not None:
-            x = x - self._shift
-        if self._applied_scale is not None:
-            x, gradients = x * self._applied_scale, gradients / self._applied_scale
-        return choose_emphasis(x, gradients, self._config.emphasis)
 
     def _prepared(self, layer: PlannedLayer, plan: QuantizationPlan) -> _Layer:
         float_layer = self._model.get_submodule(layer.site.name)
@@ -312,7 +279,11 @@ class InputGroup:
         if planned.smoothing != "none":
             entry["smoothing"] = planned.smoothing
         if self._emphasis is not None:
-            entry["emphasis_gain_db"] = self._emphasis.gain_db
+            entry["emphasis"] = {
+                "rank": len(self._emphasis.directions),
+                "error_share": self._emphasis.share,
+                "gain_db": self._emphasis.gain_db,
+            }
         record.layers[site.name] = entry
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hqdit.calibration.capture import BlockStream, CalibrationData
-from hqdit.calibration.sensitivity import gradient_sketches
 from hqdit.errors import CheckpointError, NumericsError, UsageError
 from hqdit.layers.linear import HQLinear
 from hqdit.models.adapter import adapter_for
@@ -16,12 +15,11 @@ from hqdit.models.precision import stays_in_float32
 from hqdit.models.source import set_time_frequencies
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.finished_block import BlockStore, FinishedBlock
-from hqdit.pipeline.input_group import InputGroup, KnownInput
+from hqdit.pipeline.input_group import InputGroup
+from hqdit.pipeline.known_input import KnownInput, known_inputs
 from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan, plan_quantization
 from hqdit.pipeline.record import QuantizationRecord
 from hqdit.pipeline.rotation_check import require_rotation_is_exact
-from hqdit.pipeline.smoothing import smooth_model
-from hqdit.pipeline.survey import survey_inputs
 from hqdit.progress import track
 
 
@@ -72,7 +70,7 @@ def quantize(
     record = QuantizationRecord(config, parameters=sum(p.numel() for p in model.parameters()))
     known: dict[str, KnownInput] = {}
     if config.needs_survey and calibration is not None:
-        known = _known_inputs(model, plan, calibration, config)
+        known = known_inputs(model, plan, calibration, config)
     record.dtypes = _storage_dtypes(model, config)
     if any(not layer.rotation.is_identity for layer in plan.layers):
         record.rotation_error = require_rotation_is_exact(model, plan, config.seed, calibration)
@@ -103,21 +101,6 @@ def quantize(
     _round_kept_tensors(model, record.dtypes)
     model.quantization_record = record  # type: ignore[assignment]
     return model
-
-
-def _known_inputs(
-    model: nn.Module, plan: QuantizationPlan, calibration: CalibrationData, config: QuantizationConfig
-) -> dict[str, KnownInput]:
-    """Look at every input of the float model, and smooth the model if that is asked for."""
-    surveys = survey_inputs(model, plan, calibration, config.seed)
-    scales: dict[str, Tensor] = {}
-    if config.smoothing is not None:
-        scales = smooth_model(model, plan, calibration, surveys, config)
-    gradients: dict[str, Tensor] = {}
-    if config.emphasis:
-        # Of the smoothed model, whose inputs are those that the layers will get.
-        gradients = gradient_sketches(model, [layer.site for layer in plan.layers], calibration, config.seed)
-    return {group: KnownInput(scales.get(group), survey, gradients.get(group)) for group, survey in surveys.items()}
 
 
 def _require_float32(model: nn.Module) -> None:

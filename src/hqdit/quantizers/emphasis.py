@@ -15,6 +15,7 @@ Source: docs/method.md, "Sensitive directions". Related: concentration and align
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,8 @@ from torch import Tensor
 EMPHASIS_DTYPE = torch.bfloat16
 #: A direction is stretched by at most this.
 LARGEST_STRETCH = 32.0
-#: What all directions together have to gain to be worth a pass over the input, in dB.
-LEAST_GAIN_DB = 0.5
-#: A lower rank is taken where it loses at most this against the highest one, in dB.
-RANK_TOLERANCE_DB = 0.25
+#: Rank is worth its cost while it takes at least this share from the predicted error of the whole model.
+LEAST_SHARE = 0.005
 
 
 @dataclass(frozen=True)
@@ -36,37 +35,78 @@ class Emphasis:
 
     Attributes:
         directions: B, bfloat16 (rank, in_features).
-        gain_db: by how much the rounding error of the input is predicted to reach the output less, in dB.
+        share: of the model's predicted error that reaches the output through this input, before.
+        gain_db: by how much that part is predicted to fall, in dB.
     """
 
     directions: Tensor
+    share: float
     gain_db: float
 
 
-def choose_emphasis(inputs: Tensor, gradients: Tensor, rank: int) -> Emphasis | None:
-    """The directions of largest gradient, each with the stretch that pays best; None where little is to be gained.
+class EmphasisCandidates:
+    """The directions of one input, by falling gradient, and what emphasising them would leave of its error.
 
     Args:
-        inputs: x, floating point (tokens, in_features), centred as the layer will centre them.
+        inputs: x, floating point (tokens, in_features), as they come before the rotation.
         gradients: floating point (rows, in_features): rows whose Gram matrix is proportional to the second moment of
-            the gradient of the model's output at this input.
+            the gradient of the model's output at this input, with one constant for the whole model.
         rank: the most directions.
+
+    Attributes:
+        errors: float64 (rank + 1,), what is predicted to reach the output with 0, 1, ... directions; comparable between
+            inputs of one model.
     """
-    x, g = inputs.to(torch.float64), gradients.to(torch.float64)
-    power, sensitivity = float(x.square().sum()), float(g.square().sum())
-    if not power > 0 or not sensitivity > 0:
-        return None
-    _, _, right = torch.linalg.svd(g, full_matrices=False)
-    basis = right[:rank]
-    along_x = (x @ basis.T).square().sum(dim=0)
-    along_g = (g @ basis.T).square().sum(dim=0)
-    gains = [_gain_db(power, sensitivity, along_x[:r], along_g[:r]) for r in range(1, len(basis) + 1)]
-    if max(gains) < LEAST_GAIN_DB:
-        return None
-    chosen = next(r for r, gain in enumerate(gains, start=1) if gain >= max(gains) - RANK_TOLERANCE_DB)
-    stretch = _stretch(power, sensitivity, along_x[:chosen], along_g[:chosen])
-    directions = (stretch - 1).sqrt().unsqueeze(1) * basis[:chosen]
-    return Emphasis(directions.to(EMPHASIS_DTYPE), gains[chosen - 1])
+
+    def __init__(self, inputs: Tensor, gradients: Tensor, rank: int) -> None:
+        x, g = inputs.to(torch.float64), gradients.to(torch.float64)
+        self._power: float = float(x.square().sum(dim=1).mean()) if len(x) else 0.0
+        self._sensitivity: float = float(g.square().sum())
+        self._basis: Tensor = torch.linalg.svd(g, full_matrices=False)[2][:rank]
+        self._along_x: Tensor = (x @ self._basis.T).square().mean(dim=0) if len(x) else torch.zeros(len(self._basis))
+        self._along_g: Tensor = (g @ self._basis.T).square().sum(dim=0)
+        self.errors = torch.tensor([self._error(r) for r in range(len(self._basis) + 1)], dtype=torch.float64)
+
+    def directions(self, rank: int) -> Tensor:
+        """B for the first `rank` directions, bfloat16 (rank, in_features)."""
+        found: Tensor = (self._stretch(rank) - 1).sqrt().unsqueeze(1) * self._basis[:rank]
+        return found.to(EMPHASIS_DTYPE)
+
+    def _stretch(self, rank: int) -> Tensor:
+        along_x, along_g = self._along_x[:rank], self._along_g[:rank]
+        rest_x = max(self._power - float(along_x.sum()), self._power * 1e-6)
+        # A gradient that lies in a few directions altogether would ask for an infinite stretch of them.
+        rest_g = max(self._sensitivity - float(along_g.sum()), self._sensitivity * 1e-3)
+        wanted: Tensor = (rest_x / along_x.clamp_min(self._power * 1e-12)) * (along_g / rest_g)
+        return wanted.pow(0.25).clamp(1.0, LARGEST_STRETCH)
+
+    def _error(self, rank: int) -> float:
+        if not self._power > 0 or not self._sensitivity > 0:
+            return 0.0
+        squares = self._stretch(rank).square()
+        power = self._power + float(((squares - 1) * self._along_x[:rank]).sum())
+        sensitivity = self._sensitivity - float(((1 - 1 / squares) * self._along_g[:rank]).sum())
+        return float(power * sensitivity / self._basis.shape[1])
+
+
+def choose_emphases(candidates: Mapping[str, EmphasisCandidates]) -> dict[str, Emphasis]:
+    """For every input the lowest rank that leaves hardly more of the whole model's error than the best one.
+
+    Args:
+        candidates: input -> its directions, for all inputs of one model.
+
+    Returns:
+        Input -> what was chosen, without the inputs that are left as they are.
+    """
+    total = math.fsum(float(found.errors[0]) for found in candidates.values())
+    chosen = {}
+    for name, found in candidates.items():
+        best = float(found.errors.min())
+        rank = next(r for r, error in enumerate(found.errors.tolist()) if error - best <= LEAST_SHARE * total)
+        if rank:
+            before, after = float(found.errors[0]), float(found.errors[rank])
+            chosen[name] = Emphasis(found.directions(rank), before / total, 10 * math.log10(before / after))
+    return chosen
 
 
 def emphasise(x: Tensor, directions: Tensor) -> Tensor:
@@ -93,18 +133,3 @@ def deemphasise_weight(weight: Tensor, directions: Tensor) -> Tensor:
     inner = torch.eye(len(b), dtype=torch.float64, device=b.device) + b @ b.T
     solved: Tensor = torch.linalg.solve(inner, (w @ b.T).T)
     return w - solved.T @ b
-
-
-def _stretch(power: float, sensitivity: float, along_x: Tensor, along_g: Tensor) -> Tensor:
-    rest_x = max(power - float(along_x.sum()), power * 1e-6)
-    # A gradient that lies in a few directions altogether would ask for an infinite stretch of them.
-    rest_g = max(sensitivity - float(along_g.sum()), sensitivity * 1e-3)
-    wanted: Tensor = (rest_x / along_x.clamp_min(power * 1e-12)) * (along_g / rest_g)
-    return wanted.pow(0.25).clamp(1.0, LARGEST_STRETCH)
-
-
-def _gain_db(power: float, sensitivity: float, along_x: Tensor, along_g: Tensor) -> float:
-    stretch = _stretch(power, sensitivity, along_x, along_g)
-    new_power = power + float(((stretch.square() - 1) * along_x).sum())
-    new_sensitivity = sensitivity - float(((1 - stretch.pow(-2)) * along_g).sum())
-    return 10 * math.log10(power * sensitivity / (new_power * new_sensitivity))
