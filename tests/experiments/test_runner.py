@@ -83,5 +83,6 @@ def test_every_experiment_exists():
         "hadamard-cost",
         "domains",
         "timesteps",
+        "plus",
     ]
     assert all(callable(entry.load()) for entry in EXPERIMENTS.values())

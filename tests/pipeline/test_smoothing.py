@@ -21,6 +21,7 @@ from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import plan_quantization
 from hqdit.pipeline.quantize import quantize
 from hqdit.pipeline.smoothing import smooth_model, smoothed_twin
+from hqdit.pipeline.survey import survey_inputs
 
 NEAREST: dict[str, Any] = {"gptq": False, "rotation": "none", "weights": "int8"}
 PLACES = {
@@ -52,7 +53,9 @@ def inputs_of_layers(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 def smoothed(model: Any, alpha: float = 0.5, **values: Any) -> tuple[Any, dict[str, Tensor]]:
     """The plan and the scales of `model`, which is smoothed in place."""
     plan = plan_quantization(model, QuantizationConfig(smoothing=alpha, **{**NEAREST, **values}))
-    return plan, smooth_model(model, plan, random_calibration(model, 16), alpha, 0)
+    config = QuantizationConfig(smoothing=alpha, **{**NEAREST, **values})
+    data = random_calibration(model, 16)
+    return plan, smooth_model(model, plan, data, survey_inputs(model, plan, data, 0), config)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

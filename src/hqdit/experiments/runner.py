@@ -33,10 +33,12 @@ class Entry:
     Attributes:
         module: in this package; its `run` is the experiment.
         minutes: about what it takes on two cores; only shares of the time left follow from it.
+        is_of_the_paper: whether it belongs to "all": the paper's comparisons and open questions.
     """
 
     module: str
     minutes: float
+    is_of_the_paper: bool = True
 
     def load(self) -> Experiment:
         """The experiment's function; its module is imported now, not with this one."""
@@ -55,6 +57,7 @@ EXPERIMENTS: dict[str, Entry] = {
     "hadamard-cost": Entry("hadamard_cost", 1.5),
     "domains": Entry("domains", 2),
     "timesteps": Entry("timesteps", 1),
+    "plus": Entry("plus", 12, is_of_the_paper=False),
 }
 
 

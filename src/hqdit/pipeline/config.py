@@ -52,6 +52,8 @@ class QuantizationConfig:
         fold_value_rotation: fold the within-head part of the attention output's rotation into the value projection.
         group_fit: "exact": every group has `group_size` channels; "at-most": the largest multiple of 4 that divides the
             layer's width and is not above `group_size`.
+        sensitive_group_size: the same as `group_size` for inputs through which much of the model's error comes
+            (`pipeline.known_input.SENSITIVE_SHARE`), or None for no such distinction.
         activation_scale_rule: "absmax"; "clipped": the share of it that suits normal numbers best; "rms": a multiple of
             the root mean square, likewise.
         scale_format: "float32", or "e4m3" for scales of groups in 8 bits.
@@ -87,6 +89,7 @@ class QuantizationConfig:
     rotation: str = "full"
     fold_value_rotation: bool = False
     group_fit: str = "exact"
+    sensitive_group_size: int | None = None
     activation_scale_rule: str = "absmax"
     scale_format: str = "float32"
     scale_rule: str = "absmax"
@@ -206,6 +209,12 @@ class QuantizationConfig:
                 f"--scale-format: found {self.scale_format} without groups, needed scales of groups. "
                 "Fix: add --weight-granularity group or --activation-granularity group"
             )
+        sensitive = self.sensitive_group_size
+        if sensitive is not None and (self.group_size is None or sensitive < 4 or sensitive % 4):
+            raise UsageError(
+                f"--sensitive-group-size: found {sensitive} with group size {self.group_size}, needed a positive "
+                "multiple of 4 beside --group-size. Fix: for example --sensitive-group-size 16"
+            )
         if self.group_fit != "exact" and self.group_size is None:
             raise UsageError(
                 f"--group-fit: found {self.group_fit} without groups, needed a group size. Fix: add --group-size 36"
@@ -255,14 +264,25 @@ class QuantizationConfig:
     @property
     def needs_survey(self) -> bool:
         """Whether the float model's inputs have to be known before anything is quantized."""
-        return self.smoothing is not None or self.centring or self.emphasis > 0
+        return self.smoothing is not None or self.centring or self.needs_gradients
 
-    def group_size_for(self, width: int) -> int | None:
-        """Channels per group of a layer with `width` input channels; None without groups, `group_size` if none fits."""
-        if self.group_size is None or self.group_fit == "exact":
-            return self.group_size
-        fitting = [size for size in range(4, self.group_size + 1, 4) if width % size == 0]
-        return max(fitting, default=self.group_size)
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it has to be known how strongly the model's output depends on every input."""
+        return self.emphasis > 0 or self.sensitive_group_size is not None
+
+    def group_size_for(self, width: int, is_sensitive: bool = False) -> int | None:
+        """Channels per group of a layer, or None without groups.
+
+        Args:
+            width: its input channels.
+            is_sensitive: whether `sensitive_group_size` holds for it.
+        """
+        asked = (self.sensitive_group_size if is_sensitive else None) or self.group_size
+        if asked is None or self.group_fit == "exact":
+            return asked
+        fitting = [size for size in range(4, asked + 1, 4) if width % size == 0]
+        return max(fitting, default=asked)
 
     def replace(self, **changes: Any) -> QuantizationConfig:
         """A copy with some fields changed."""
@@ -337,6 +357,7 @@ _ADDED: dict[str, Any] = {
     "format_search": False,
     "modulation": True,
     "group_fit": "exact",
+    "sensitive_group_size": None,
     "activation_scale_rule": "absmax",
     "scale_format": "float32",
     "smoothing_statistic": "absmax",
@@ -352,7 +373,7 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("fold_value_rotation", "gptq", "act_order", "format_search", "modulation"), (bool,)),
     **dict.fromkeys(("centring", "bias_correction"), (bool,)),
     **dict.fromkeys(("include", "exclude"), (tuple,)),
-    "group_size": (int, type(None)),
+    **dict.fromkeys(("group_size", "sensitive_group_size"), (int, type(None))),
     "keep_dtype": (str, type(None)),
     "alpha": (float, int),
     "smoothing": (float, int, type(None)),
@@ -375,8 +396,8 @@ BIT_WIDTHS: dict[str, tuple[int, int]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A6"
 
 _PAPER = QuantizationConfig()
 _NEAREST = QuantizationConfig(weights="int4", rotation="none", gptq=False)
-#: Beyond the paper, at its granularity: what follows from both operands being nearly normal after the rotation, and from
-#: some directions of an input mattering more than others.
+#: Beyond the paper, at its granularity: what follows from both operands being nearly normal after the rotation, and
+#: from some directions of an input mattering more than others.
 _PLUS = _PAPER.replace(
     weights="lloyd-max",
     scale_rule="mse-refit",
@@ -402,6 +423,7 @@ PRESETS: dict[str, QuantizationConfig] = {
         weight_granularity="group",
         activation_granularity="group",
         group_size=72,
+        sensitive_group_size=16,
         group_fit="at-most",
         scale_format="e4m3",
     ),

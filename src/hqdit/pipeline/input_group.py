@@ -102,7 +102,8 @@ class InputGroup:
         self._input_scale = known.scale
         # Where earlier layers have absorbed the factors, inputs and weights are smoothed already.
         self._applied_scale = known.scale if self._first.smoothing == "applied" else None
-        self._shift, self._emphasis = known.shift, known.emphasis
+        self._shift, self._emphasis, self._is_sensitive = known.shift, known.emphasis, known.is_sensitive
+        self._error_share = known.error_share
         self._layers = [self._prepared(layer, plan) for layer in layers]
 
     def quantize(self, record: QuantizationRecord) -> None:
@@ -235,14 +236,14 @@ class InputGroup:
     def _activation_of(self, fmt: NumberFormat) -> ActivationSpec:
         """The specification of the shared input in the format `fmt`."""
         rank = 0 if self._emphasis is None else len(self._emphasis.directions)
-        return activation_spec(self._config, fmt, self._first, rank)
+        return activation_spec(self._config, fmt, self._first, rank, self._is_sensitive)
 
     def _replace(
         self, layer: _Layer, choice: _Choice, moments: InputMoments | None, record: QuantizationRecord
     ) -> None:
         """Quantize one layer, put it in the place of the float one, and note what happened."""
         site, planned, config = layer.planned.site, layer.planned, self._config
-        weight_spec, format_index, facts = _weight_spec(layer.weight, config, choice.weight_format)
+        weight_spec, format_index, facts = _weight_spec(layer.weight, config, choice.weight_format, self._is_sensitive)
         spec = LinearSpec(
             site.name, planned.in_features, planned.out_features, weight_spec, choice.activation, planned.rotation
         )
@@ -278,6 +279,8 @@ class InputGroup:
             entry["search_error"] = choice.search_error
         if planned.smoothing != "none":
             entry["smoothing"] = planned.smoothing
+        if self._error_share is not None:
+            entry["error_share"] = self._error_share
         if self._emphasis is not None:
             entry["emphasis"] = {
                 "rank": len(self._emphasis.directions),
@@ -300,7 +303,7 @@ def _split_off_branch(weight: Tensor, rank: int, applied_scale: Tensor | None) -
 
 
 def _weight_spec(
-    weight: Tensor, config: QuantizationConfig, found: NumberFormat | None
+    weight: Tensor, config: QuantizationConfig, found: NumberFormat | None, is_sensitive: bool
 ) -> tuple[WeightSpec, Tensor | None, dict[str, Any]]:
     """Format(s), index per output channel, and the statistic for the record.
 
@@ -308,6 +311,7 @@ def _weight_spec(
         weight: (out_features, in_features), rotated and scaled.
         config: the request.
         found: the format that a search has found, or None.
+        is_sensitive: whether much of the model's error comes through the input.
     """
     candidates = config.weight_candidates
     width = weight.shape[1]
@@ -317,12 +321,12 @@ def _weight_spec(
         index = torch.tensor(chosen, dtype=torch.uint8, device=weight.device)
         counts = {fmt.name: chosen.count(position) for position, fmt in enumerate(candidates)}
         facts = {"statistic": _finite(sorted(statistics)[len(statistics) // 2]), "formats_of_channels": counts}
-        return weight_spec(config, candidates, width), index, facts
+        return weight_spec(config, candidates, width, is_sensitive), index, facts
     statistic = range_statistic(weight.reshape(1, -1), config.alpha)[0]
     fmt = found or (
         candidates[0] if len(candidates) == 1 else select_format(statistic, candidates)  # type: ignore[arg-type]
     )
-    return weight_spec(config, (fmt,), width), None, {"statistic": _finite(statistic)}
+    return weight_spec(config, (fmt,), width, is_sensitive), None, {"statistic": _finite(statistic)}
 
 
 def _finite(value: float) -> float | None:

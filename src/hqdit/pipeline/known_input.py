@@ -14,8 +14,11 @@ from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import QuantizationPlan
 from hqdit.pipeline.smoothing import smooth_model
 from hqdit.pipeline.survey import survey_inputs
-from hqdit.quantizers.emphasis import Emphasis, EmphasisCandidates, choose_emphases
+from hqdit.quantizers.emphasis import Emphasis, EmphasisCandidates, choose_emphases, error_shares
 from hqdit.quantizers.spec import SHIFT_DTYPE
+
+#: An input is sensitive from this share of the model's predicted error on.
+SENSITIVE_SHARE = 0.05
 
 
 class KnownInput(NamedTuple):
@@ -25,11 +28,19 @@ class KnownInput(NamedTuple):
         scale: 1 / s of the smoothing, float32 (in_features,), or None.
         shift: its mean as the layers before deliver it, bfloat16 (in_features,), or None if it is not centred.
         emphasis: directions in which it is stretched, or None.
+        error_share: of the rounding error that is predicted to reach the model's output through this input, emphasis
+            included; None where it is not known.
     """
 
     scale: Tensor | None = None
     shift: Tensor | None = None
     emphasis: Emphasis | None = None
+    error_share: float | None = None
+
+    @property
+    def is_sensitive(self) -> bool:
+        """Whether much of the model's error comes through this input."""
+        return self.error_share is not None and self.error_share >= SENSITIVE_SHARE
 
 
 def known_inputs(
@@ -62,7 +73,8 @@ def known_inputs(
     if config.centring:
         shifts = {group: delivered(group, survey.mean).to(SHIFT_DTYPE) for group, survey in surveys.items()}
     emphases: Mapping[str, Emphasis] = {}
-    if config.emphasis:
+    shares: Mapping[str, float] = {}
+    if config.needs_gradients:
         # Of the smoothed model, whose inputs are those that the layers will get.
         gradients = gradient_sketches(model, [layer.site for layer in plan.layers], calibration, config.seed)
         candidates = {}
@@ -72,4 +84,8 @@ def known_inputs(
             applied = scales[group] if group in scales and not is_folded[group] else torch.ones(1, device=x.device)
             candidates[group] = EmphasisCandidates(x * applied, sketch / applied, config.emphasis)
         emphases = choose_emphases(candidates)
-    return {group: KnownInput(scales.get(group), shifts.get(group), emphases.get(group)) for group in surveys}
+        shares = error_shares(candidates, emphases)
+    return {
+        group: KnownInput(scales.get(group), shifts.get(group), emphases.get(group), shares.get(group))
+        for group in surveys
+    }

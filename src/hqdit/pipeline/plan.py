@@ -102,15 +102,21 @@ def _draft(layer: PlannedLayer, config: QuantizationConfig) -> LinearSpec:
     )
 
 
-def weight_spec(config: QuantizationConfig, formats: tuple[NumberFormat, ...], width: int) -> WeightSpec:
+def weight_spec(
+    config: QuantizationConfig, formats: tuple[NumberFormat, ...], width: int, is_sensitive: bool = False
+) -> WeightSpec:
     """The specification of a weight of `width` input channels in `formats`, as `config` asks for it."""
-    group_size = config.group_size_for(width) if config.weight_granularity == "group" else None
+    group_size = config.group_size_for(width, is_sensitive) if config.weight_granularity == "group" else None
     scale_format = config.scale_format if group_size is not None else "float32"
     return WeightSpec(formats, config.weight_granularity, group_size, config.low_rank, scale_format)
 
 
 def activation_spec(
-    config: QuantizationConfig, fmt: NumberFormat, layer: PlannedLayer, emphasis: int = 0
+    config: QuantizationConfig,
+    fmt: NumberFormat,
+    layer: PlannedLayer,
+    emphasis: int = 0,
+    is_sensitive: bool = False,
 ) -> ActivationSpec:
     """The specification of a layer's input in the format `fmt`, as `config` asks for it.
 
@@ -119,8 +125,11 @@ def activation_spec(
         fmt: of the codes.
         layer: its width and the place of its smoothing.
         emphasis: rank of the emphasis that was chosen.
+        is_sensitive: whether much of the model's error comes through the input.
     """
-    group_size = config.group_size_for(layer.in_features) if config.activation_granularity == "group" else None
+    group_size = None
+    if config.activation_granularity == "group":
+        group_size = config.group_size_for(layer.in_features, is_sensitive)
     factor = 1.0
     if config.activation_scale_rule != "absmax":
         of_rule = rms_factor if config.activation_scale_rule == "rms" else absmax_factor
@@ -175,6 +184,9 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
         rotation = plan_rotation(config.rotation, in_features, site.name, site.head_dim if folds else None)
         if config.group_size is not None:
             require_group_size(config.group_size_for(in_features), in_features, f"--group-size for {site.name}")
+        if config.sensitive_group_size is not None:
+            sensitive = config.group_size_for(in_features, is_sensitive=True)
+            require_group_size(sensitive, in_features, f"--sensitive-group-size for {site.name}")
         smoothing = _smoothing_place(site, modulated, config)
         planned = PlannedLayer(site, in_features, out_features, rotation, _policy(config), smoothing)
         _draft(planned, config)

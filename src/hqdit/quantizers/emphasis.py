@@ -109,6 +109,16 @@ def choose_emphases(candidates: Mapping[str, EmphasisCandidates]) -> dict[str, E
     return chosen
 
 
+def error_shares(candidates: Mapping[str, EmphasisCandidates], chosen: Mapping[str, Emphasis]) -> dict[str, float]:
+    """Input -> its share of the error that is predicted to reach the model's output with what was chosen."""
+    left = {
+        name: float(found.errors[len(chosen[name].directions) if name in chosen else 0])
+        for name, found in candidates.items()
+    }
+    total = math.fsum(left.values())
+    return {name: error / total if total > 0 else 0.0 for name, error in left.items()}
+
+
 def emphasise(x: Tensor, directions: Tensor) -> Tensor:
     """X T = x + (x B^T) B, in float32.
 
