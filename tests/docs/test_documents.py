@@ -23,14 +23,14 @@ from typing import Any
 
 import pytest
 import typer
-from tiny import calibration, tiny_dit, with_short_scales
+from tiny import calibration, tiny_dit
 
 import hqdit
 from hqdit.cli.main import app
 from hqdit.layers.linear import HQLinear
 from hqdit.pipeline import checkpoint, description
 from hqdit.pipeline.checkpoint import load, save
-from hqdit.pipeline.config import QuantizationConfig
+from hqdit.pipeline.config import _ADDED, QuantizationConfig
 from hqdit.pipeline.quantize import quantize
 
 ROOT = Path(__file__).parents[2]
@@ -382,6 +382,7 @@ CONFIGS = (
     ),
     QuantizationConfig(activation_granularity="tensor", gptq=False),
     QuantizationConfig.preset("svdquant"),
+    QuantizationConfig.preset("hqdit-plus"),
     QuantizationConfig.preset("fpq").replace(include=("*.0.attn1.to_q",)),
 )
 
@@ -392,9 +393,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for number, config in enumerate(CONFIGS):
         folders.append(tmp_path_factory.mktemp("documents") / str(number))
         save(quantize(tiny_dit(), config, calibration()), folders[-1])
-    groups = QuantizationConfig(weight_granularity="group", activation_granularity="group", group_size=12, gptq=False)
-    folders.append(tmp_path_factory.mktemp("documents") / "short scales")
-    save(with_short_scales(quantize(tiny_dit(), groups), scale_rule="rms", scale_factor=0.2), folders[-1])
+    rms = QuantizationConfig(weights="e2m1", activation_scale_rule="rms", gptq=False)
+    folders.append(tmp_path_factory.mktemp("documents") / "rms")
+    save(quantize(tiny_dit(), rms), folders[-1])
     return folders
 
 
@@ -448,7 +449,7 @@ def test_keys_of_the_request(descriptions: list[dict[str, Any]]) -> None:
     documented = table_of_keys("config")
     require_keys([description["config"] for description in descriptions], documented, always=False)
     everywhere = set.intersection(*(set(description["config"]) for description in descriptions))
-    assert set(documented) - everywhere == {"smoothing", "low_rank", "format_search", "modulation"}
+    assert set(documented) - everywhere == _ADDED.keys()
     assert set(documented) == {field.name for field in dataclasses.fields(QuantizationConfig)}
 
 

@@ -37,8 +37,9 @@ def quantize(
     preset: Annotated[
         str,
         typer.Option(
-            help="hqdit (the paper), or a baseline: minmax, minmax-int4, smoothquant, fpq, gptq, quarot, svdquant, "
-            "hqdit-no-rotation, hqdit-fixed-format, hqdit-no-gptq, hqdit-channel."
+            help="hqdit (the paper), hqdit-plus (better at the same bits), hqdit-plus-token (likewise with the paper's "
+            "scales), w4a8 (INT8 activations), or a baseline: minmax, minmax-int4, smoothquant, fpq, gptq, quarot, "
+            "svdquant, hqdit-no-rotation, hqdit-fixed-format, hqdit-no-gptq, hqdit-channel."
         ),
     ] = "hqdit",
     bits: Annotated[str, typer.Option(help="W8A8, W4A8, W4A6 or W4A4: weights, activations.")] = "W4A4",
@@ -51,16 +52,37 @@ def quantize(
         str | None, typer.Option(help="token, group, tensor, channel or channel-token.")
     ] = None,
     group_size: Annotated[int | None, typer.Option(help="Channels per group, a multiple of 4.")] = None,
+    group_fit: Annotated[
+        str | None, typer.Option(help="exact, or at-most: the largest group up to --group-size that divides the width.")
+    ] = None,
+    sensitive_group_size: Annotated[
+        int | None, typer.Option(help="Channels per group where much of the model's error comes from.")
+    ] = None,
+    activation_scale_rule: Annotated[
+        str | None, typer.Option(help="absmax, clipped or rms, for dynamic scales.")
+    ] = None,
+    scale_format: Annotated[str | None, typer.Option(help="float32 or e4m3, for scales of groups.")] = None,
     format_granularity: Annotated[str | None, typer.Option(help="layer or channel.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Quantile of the format statistic, in (0, 1).")] = None,
     rotation: Annotated[str | None, typer.Option(help="full, none or block:B.")] = None,
     fold_value_rotation: Annotated[
         bool | None, typer.Option("--fold-value-rotation/--no-fold-value-rotation", help="Fold it into W_v.")
     ] = None,
-    scale_rule: Annotated[str | None, typer.Option(help="absmax or mse, for weights.")] = None,
+    scale_rule: Annotated[str | None, typer.Option(help="absmax, mse or mse-refit, for weights.")] = None,
     gptq: Annotated[bool | None, typer.Option("--gptq/--no-gptq", help="GPTQ or round-to-nearest.")] = None,
     act_order: Annotated[bool | None, typer.Option("--act-order/--no-act-order", help="Column order of GPTQ.")] = None,
     smoothing: Annotated[float | None, typer.Option(help="SmoothQuant's alpha, 0 to 1.")] = None,
+    smoothing_statistic: Annotated[str | None, typer.Option(help="absmax or rms: what smoothing balances.")] = None,
+    centring: Annotated[
+        bool | None, typer.Option("--centring/--no-centring", help="Subtract the inputs' static means.")
+    ] = None,
+    emphasis: Annotated[
+        int | None, typer.Option(help="Most directions in which an input is stretched; 0 for none.")
+    ] = None,
+    bias_correction: Annotated[
+        bool | None,
+        typer.Option("--bias-correction/--no-bias-correction", help="Let the bias take over the mean error."),
+    ] = None,
     low_rank: Annotated[int | None, typer.Option(help="Rank of SVDQuant's 16-bit branch; 0 for none.")] = None,
     format_search: Annotated[
         bool | None, typer.Option("--format-search/--no-format-search", help="LLM-FP4's search of formats and scales.")
@@ -130,7 +152,15 @@ def quantize(
             "scale_rule": scale_rule,
             "gptq": gptq,
             "act_order": act_order,
+            "group_fit": group_fit,
+            "sensitive_group_size": sensitive_group_size,
+            "activation_scale_rule": activation_scale_rule,
+            "scale_format": scale_format,
             "smoothing": smoothing,
+            "smoothing_statistic": smoothing_statistic,
+            "centring": centring,
+            "emphasis": emphasis,
+            "bias_correction": bias_correction,
             "low_rank": low_rank,
             "format_search": format_search,
             "modulation": modulation,

@@ -70,7 +70,7 @@ class EmphasisCandidates:
     def directions(self, rank: int) -> Tensor:
         """B for the first `rank` directions, bfloat16 (rank, in_features)."""
         found: Tensor = (self._stretch(rank) - 1).sqrt().unsqueeze(1) * self._basis[:rank]
-        return found.to(EMPHASIS_DTYPE)
+        return found.to(EMPHASIS_DTYPE).contiguous()
 
     def _stretch(self, rank: int) -> Tensor:
         along_x, along_g = self._along_x[:rank], self._along_g[:rank]
