@@ -553,7 +553,7 @@ def test_short_scales_are_kept_as_bytes_and_units() -> None:
     layer = parts.layer
     assert layer.weight_scale_unit is not None
     assert (layer.weight_scale.dtype, layer.weight_scale.shape) == (torch.float8_e4m3fn, (OUT, 4))
-    assert (layer.weight_scale_unit.dtype, layer.weight_scale_unit.shape) == (torch.float32, (OUT, 1))
+    assert (layer.weight_scale_unit.dtype, layer.weight_scale_unit.shape) == (torch.bfloat16, (OUT, 1))
     assert torch.equal(layer.effective_scale, parts.quantized.scale)
     assert torch.equal(layer.packed_weight.scale, parts.quantized.scale)
     assert "e2m1 per group with e4m3 scales, activation=e2m1 per group with e4m3 scales" in repr(layer)

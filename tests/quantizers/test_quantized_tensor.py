@@ -64,7 +64,7 @@ def test_scales_are_those_of_each_tensor_channel_or_group(spec: WeightSpec, rule
         fmt = spec.formats[0 if index is None else int(index[row])]
         chosen = [function(weight[row, at : at + size], fmt).item() for at in range(0, 144, size)]
         if spec.has_short_scales:  # rounded before any code is chosen
-            unit = float(np.float32(max(chosen) / 448).view(np.int32).__and__(~15).view(np.float32))
+            unit = float(np.float32(max(chosen) / 448).view(np.int32).__and__(~0xFFFF).view(np.float32))
             numbers = [float(number) for number in short_numbers(np.array(chosen) / unit)]
             if rule == "mse":  # the best of three
                 parts = weight[row].double().numpy().reshape(-1, size)
@@ -220,9 +220,10 @@ def test_refitted_scales_are_those_of_least_squares(spec: WeightSpec, rule: str)
     moved = (found.double() / scale.double()).numpy()
     moved = moved.reshape(*shape, -1)
     is_kept = moved[:, :, :1] == 1
-    allowed = 2.0**-18 if spec.has_short_scales else 2.0**-22
+    # Units of short scales are cut to the 8 bits of bfloat16, downwards; others are float32.
+    allowed = 2.0**-7 if spec.has_short_scales else 2.0**-22
     assert (np.abs(moved - best[:, :, None]) <= allowed * np.abs(best[:, :, None]) + is_kept * 2.0**-16).all()
-    assert is_kept.mean() < 0.2
+    assert is_kept.mean() < (0.8 if spec.has_short_scales else 0.2)
 
 
 def test_refit_by_hand() -> None:

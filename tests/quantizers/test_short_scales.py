@@ -113,7 +113,7 @@ def test_every_code_stands_for_its_number() -> None:
 
 @pytest.mark.parametrize("unit", [2.0**-117, 1.0, 1.2345e-3, 1 / 3, 7.7e5, 2.0**110])
 def test_every_number_and_tie_of_a_channel(unit: float) -> None:
-    exact_unit = np.float32(unit).view(np.int32) & ~15
+    exact_unit = np.float32(unit).view(np.int32) & ~0xFFFF
     unit = float(np.int32(exact_unit).view(np.float32))
     scale = np.append(critical(unit), np.float32(448 * unit))
     scale = scale[scale <= np.float32(448 * unit)][None]
@@ -130,9 +130,9 @@ def test_channels_of_any_scales(rows: list[list[float]]) -> None:
     merged = merge_scales(short, unit)
     for row, row_scale in enumerate(scale.tolist()):
         exact_unit, largest = Fraction(unit[row].item()), Fraction(max(row_scale))
-        # The largest scale over 448, cut to 20 bits of mantissa; no smaller than what keeps every scale normal.
+        # The largest scale over 448, cut to bfloat16; no smaller than what keeps every scale normal.
         if largest > 448 * Fraction(2) ** -117:
-            assert abs(exact_unit * 448 / largest - 1) <= Fraction(2) ** -19
+            assert abs(exact_unit * 448 / largest - 1) <= Fraction(2) ** -7
             assert short[row].float().max() == 448
         else:
             assert exact_unit == Fraction(2) ** -117
@@ -147,8 +147,9 @@ def test_channels_of_any_scales(rows: list[list[float]]) -> None:
 
 
 def test_channels_by_hand() -> None:
-    # 3 over 448 is no short number; its first 20 bits are, and 3 / unit is 448 up to 2^-19.
+    # 3 over 448 is no bfloat16; its first 8 bits are 219 x 2^-15, and 3 is 448.9 of them.
     short, unit = split_scales(torch.tensor([[3.0, 1.5, 0.1], [448.0, 1.0, 1e-9], [MIN_SCALE] * 3]))
+    assert (unit.dtype, unit[0].item()) == (torch.bfloat16, 219 * 2.0**-15)
     assert short.to(torch.float32).tolist() == [[448, 224, 15], [448, 1, 2**-9], [2**-9] * 3]
     assert unit[1:].tolist() == [[1.0], [2.0**-117]]
     assert merge_scales(short, unit)[2].tolist() == [MIN_SCALE] * 3

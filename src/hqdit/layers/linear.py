@@ -19,7 +19,7 @@ from hqdit.numerics.codes import pack_codes, unpack_codes
 from hqdit.quantizers.emphasis import EMPHASIS_DTYPE, emphasise
 from hqdit.quantizers.low_rank import BRANCH_DTYPE
 from hqdit.quantizers.quantized_tensor import QuantizedTensor
-from hqdit.quantizers.short_scales import SHORT_DTYPE, merge_scales, split_scales
+from hqdit.quantizers.short_scales import SHORT_DTYPE, UNIT_DTYPE, merge_scales, split_scales
 from hqdit.quantizers.spec import SHIFT_DTYPE, LinearSpec
 from hqdit.transforms.rotation import SIGNS_PER_BYTE, pack_signs, rotate_folded, unpack_signs, unrotate
 
@@ -44,7 +44,7 @@ class HQLinear(nn.Linear):
         qweight: uint8 (out_features, in_features / 2) packed codes; (out_features, in_features) above 4 bits.
         weight_scale: float32 (1, 1), (out_features, 1) or (out_features, groups); float8_e4m3fn (out_features, groups)
             where scales are kept in 8 bits.
-        weight_scale_unit: float32 (out_features, 1), only where they are: a scale is its E4M3 number times this.
+        weight_scale_unit: bfloat16 (out_features, 1), only where they are: a scale is its E4M3 number times this.
         format_index: uint8 (out_features,), only where every output channel chose its format.
         rotation_signs: uint8 (ceil(in_features / 8),), only where the input is rotated.
         channel_scale: float32 (in_features,), only for static per-channel activation scales.
@@ -92,7 +92,7 @@ class HQLinear(nn.Linear):
         is_short = spec.weight.has_short_scales
         scale_shape = spec.weight.scale_shape(spec.out_features, spec.in_features)
         add("weight_scale", scale_shape, SHORT_DTYPE if is_short else torch.float32)
-        add("weight_scale_unit", (spec.out_features, 1), torch.float32, wanted=is_short)
+        add("weight_scale_unit", (spec.out_features, 1), UNIT_DTYPE, wanted=is_short)
         add("format_index", (spec.out_features,), torch.uint8, wanted=len(spec.weight.formats) > 1)
         sign_bytes = -(-spec.in_features // SIGNS_PER_BYTE)
         add("rotation_signs", (sign_bytes,), torch.uint8, wanted=not spec.rotation.is_identity)

@@ -4,9 +4,9 @@ number = level * (unit * E4M3). Rounding is to nearest, ties to the even code, a
 2^-9 of the unit.
 
 For a token the unit is a power of two, so that an exponent says it. For an output channel of a weight it is the largest
-scale over 448, E4M3's largest number, so that the groups with the largest numbers keep their scale; cut to 20 bits of
-mantissa, so that its product with an E4M3 number, which has 4, is exact in float32, and unit and codes can be told from
-the product.
+scale over 448, E4M3's largest number, so that the groups with the largest numbers nearly keep their scale; cut to the 8
+bits of mantissa of bfloat16, in which it is stored: 16 bits for each output channel count where channels are short. Its
+product with an E4M3 number, which has 4 bits, is exact in float32, so that unit and codes can be told from the product.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hqdit.numerics.rounding import nearest_levels
 from hqdit.quantizers.scaling import MIN_SCALE
 
 SHORT_DTYPE = torch.float8_e4m3fn
+UNIT_DTYPE = torch.bfloat16
 
 #: Of a token, the unit is 2^(e - 7) for a largest scale in 2^e .. 2^(e + 1): that one is between 128 and 256 units, and
 #: rounding cannot take it past 448.
@@ -29,8 +30,8 @@ _LARGEST_CODE = E4M3.ladder[-1][1]
 
 _FLOAT32_MANTISSA_BITS, _FLOAT32_BIAS = 23, 127
 _FLOAT64_MANTISSA_BITS, _FLOAT64_BIAS = 52, 1023
-#: The last bits of a float32 beside 20 bits of mantissa, the leading one included.
-_CUT_BITS = 0b1111
+#: The last bits of a float32, which bfloat16 has not.
+_CUT_BITS = 0xFFFF
 #: The smallest unit of a channel: its smallest scale, 2^-9 of it, is `MIN_SCALE`.
 _MIN_UNIT = MIN_SCALE / E4M3.quantum
 
@@ -65,7 +66,7 @@ def split_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
         scale: float32 (out_features, groups), at least `MIN_SCALE`; a NaN makes its whole channel NaN.
 
     Returns:
-        float8_e4m3fn (out_features, groups), positive; and the units, float32 (out_features, 1).
+        float8_e4m3fn (out_features, groups), positive; and the units, bfloat16 (out_features, 1).
 
     Exact: what `merge_scales` returned is split into the parts that it was merged from, if these come from here.
     """
@@ -74,7 +75,7 @@ def split_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
     unit = (largest / E4M3.max_value).to(torch.float32).clamp_min(_MIN_UNIT)
     unit = (unit.view(torch.int32) & ~_CUT_BITS).view(torch.float32)
     levels = nearest_levels(scale.to(torch.float64) / (unit.to(torch.float64) * E4M3.quantum), E4M3).clamp_min(1)
-    return (levels * E4M3.quantum).to(SHORT_DTYPE), unit
+    return (levels * E4M3.quantum).to(SHORT_DTYPE), unit.to(UNIT_DTYPE)
 
 
 def neighbour_scales(short: Tensor, step: int) -> Tensor:
@@ -94,9 +95,11 @@ def merge_scales(short: Tensor, unit: Tensor) -> Tensor:
 
     Args:
         short: float8_e4m3fn (out_features, groups).
-        unit: float32 (out_features, 1).
+        unit: bfloat16 or float32 (out_features, 1).
     """
     # One look into a table of all codes, because torch converts float8 numbers one by one.
     codes = torch.arange(256, dtype=torch.uint8, device=short.device)
     numbers = codes.view(SHORT_DTYPE).to(torch.float32)
-    return numbers.index_select(0, short.view(torch.uint8).to(torch.int32).flatten()).reshape(short.shape) * unit
+    return numbers.index_select(0, short.view(torch.uint8).to(torch.int32).flatten()).reshape(short.shape) * unit.to(
+        torch.float32
+    )

@@ -20,8 +20,8 @@ from hqdit.pipeline.checkpoint import load, quantized_layers, save
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.dequantize import dequantize
 from hqdit.pipeline.known_input import SENSITIVE_SHARE
-from hqdit.pipeline.plan import plan_quantization
 from hqdit.pipeline.quantize import quantize
+from hqdit.quantizers.spec import require_group_size
 
 PLUS = QuantizationConfig.preset("hqdit-plus")
 TOKEN = QuantizationConfig.preset("hqdit-plus-token")
@@ -155,13 +155,16 @@ def test_the_bias_takes_over_the_mean_of_the_error() -> None:
     means = {}
     for name, changes in (("with", {}), ("without", {"bias_correction": False})):
         exact, found = tiny_dit(), quantized(config.replace(**changes))
-        # Layers of the first block that read what the float model computes, too.
-        site = next(site for site in adapter_for(exact).sites(exact) if site.role == "q")
+        # The only layer that reads the same in both models: all others read what quantized ones have computed.
+        site = adapter_for(exact).sites(exact)[0]
         stream, errors = BlockStream(exact, calibration(), 0), []
         float_layer, layer = exact.get_submodule(site.name), found.get_submodule(site.name)
-        del layer.shared_input
         layer.shared_input = None
-        stream.capture(site, lambda x, a=float_layer, b=layer, e=errors: e.append(b(x) - a(x)), "test")
+
+        def difference(x: torch.Tensor, a: Any = float_layer, b: Any = layer, e: list[torch.Tensor] = errors) -> None:
+            e.append(b(x) - torch.nn.functional.linear(x, a.weight, a.bias))
+
+        stream.capture(site, difference, "test")
         error = torch.cat(errors).double()
         means[name] = float(error.mean(dim=0).square().sum() / error.square().sum(dim=1).mean())
     assert means["with"] < means["without"] / 3
@@ -196,11 +199,9 @@ def test_group_sizes_fit_the_width() -> None:
     assert sizes == {72: (72, 12), 144: (72, 16), 128: (64, 16), 1152: (72, 16), 4608: (72, 16), 3072: (64, 16)}
 
 
-def test_a_width_without_a_group_is_refused_before_anything_happens() -> None:
-    with pytest.raises(UsageError, match="--group-size for"):
-        plan_quantization(
-            tiny_dit(attention_head_dim=35), QuantizationConfig.preset("hqdit-plus").replace(rotation="none")
-        )
+def test_a_width_without_a_group_is_refused() -> None:
+    with pytest.raises(UsageError, match="needed a multiple of 4 that divides it"):
+        require_group_size(PLUS.group_size_for(70), 70, "--group-size for a layer")
 
 
 def test_it_needs_calibration_data() -> None:

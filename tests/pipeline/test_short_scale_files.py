@@ -222,18 +222,17 @@ def test_units_that_give_no_positive_scales(original: Path, tmp_path: Path, bad:
     refused(changed(original, tmp_path / "x", UNIT, unit), UNIT)
 
 
-def test_units_whose_smallest_scale_is_none(model: Any) -> None:
+def test_the_smallest_and_the_largest_unit(model: Any) -> None:
     layer = copy.deepcopy(quantized_layers(model)[LAYER])
     assert layer.weight_scale_unit is not None
-    layer.weight_scale.view(torch.uint8)[7, 2] = 1
-    for unit, is_sound in ((2.0**-140, True), (2.0**-141, False)):  # times 2^-9
+    layer.weight_scale.view(torch.uint8)[7] = 1  # 2^-9
+    for unit in (2.0**-133, torch.finfo(torch.bfloat16).max):
         layer.weight_scale_unit[7] = unit
-        if is_sound:
-            require_sound(LAYER, layer, "here")
-            continue
-        with pytest.raises(CheckpointError) as info:
-            require_sound(LAYER, layer, "here")
-        require_complete(info.value, "here", UNIT)
+        require_sound(LAYER, layer, "here")
+    layer.weight_scale.view(torch.uint8)[7, 2] = 126  # 448, which takes the largest unit past float32
+    with pytest.raises(CheckpointError) as info:
+        require_sound(LAYER, layer, "here")
+    require_complete(info.value, "here", UNIT)
 
 
 def test_other_dtypes_and_shapes(original: Path, tmp_path: Path) -> None:
