@@ -57,7 +57,9 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take on `device`; as much as it likes where it is interpreted."""
     if device.type != "cuda":
         return sys.maxsize
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    # What a program may ask for, where torch knows it; its type stubs do not.
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def as_bits(tensor: Tensor) -> Tensor:
