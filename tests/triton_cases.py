@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from native_cases import F32, bits, column_slice, gelu
 from oracles import GRIDS, U32
 
-from hqdit.kernels.triton import library, product_operation, tiles
+from hqdit.kernels.triton import library, product_operation
 from hqdit.kernels.triton.tiles import ProductTile
 
 _REASON = library.unavailable_reason()
@@ -48,14 +47,6 @@ def grid_of(name: str) -> dict[int, int]:
     if name in GRIDS:
         return GRIDS[name]
     return dict(enumerate(int(level) for level in name.removeprefix("table:").split(",")))
-
-
-@contextmanager
-def use_tile(tile: ProductTile) -> Iterator[None]:
-    """Run the body with this tile for every product."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "product_tile", lambda *shape: tile)
-        yield
 
 
 @dataclass(frozen=True)

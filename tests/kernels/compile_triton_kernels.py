@@ -1,8 +1,8 @@
 """Compile the Triton kernels for GPUs that this machine need not have; run by test_triton_compiled.py.
 
-`python compile_triton_kernels.py CAPABILITY CASE...` prints one JSON object a line: shared memory, registers and bytes of
-stack of the kernel that the operation would launch, and how many products it fuses with sums. It is a process of its
-own, because Triton's interpreter cannot be left again.
+`python compile_triton_kernels.py CAPABILITY CASE...` prints one JSON object a line: shared memory, registers and bytes
+of stack of the kernel that the operation would launch, and how many products it fuses with sums. It is a process of
+its own, because Triton's interpreter cannot be left again.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 if __name__ == "__main__":
     for operation in (product_operation, rotate_quantize_operation):
         vars(operation)["require_device"] = lambda operation, name, tensor: tensor.device
-    vars(product_operation)["_device_name"] = lambda device: "compiled"
+    vars(product_operation)["device_name"] = lambda device: "compiled"
     vars(library)["is_interpreted"] = lambda: False
     from triton.runtime.jit import JITFunction
 

@@ -29,7 +29,6 @@ from triton_cases import (
     check,
     needs_triton,
     table_name,
-    use_tile,
 )
 
 from hqdit.formats.catalog import E2M1, E3M0, format_from_json
@@ -37,6 +36,7 @@ from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.linear import Epilogue, PackedWeight, packed_level_tables
 from hqdit.kernels.selection import BACKENDS
 from hqdit.kernels.triton import product_operation, tiles
+from hqdit.kernels.triton.tiles import use_tile
 
 pytestmark = needs_triton
 

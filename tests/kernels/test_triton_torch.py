@@ -12,7 +12,7 @@ import torch
 from tiny import BLOCKS, inputs_of, predicted, tiny_dit
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
-from triton_cases import DEVICE, SMALL_TILE, needs_triton, use_tile
+from triton_cases import DEVICE, SMALL_TILE, needs_triton
 
 from hqdit.errors import EnvironmentUnavailable, UsageError
 from hqdit.formats.catalog import E2M1, E3M0
@@ -20,7 +20,7 @@ from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.linear import PackedWeight, packed_level_tables
 from hqdit.kernels.selection import BACKENDS, default_backend, require_backend, use_backend
 from hqdit.kernels.triton import library, product_operation, rotate_quantize_operation, tiles
-from hqdit.kernels.triton.tiles import ProductTile
+from hqdit.kernels.triton.tiles import ProductTile, use_tile
 from hqdit.numerics.error import sqnr_db
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize

@@ -51,6 +51,18 @@ def require_device(operation: str, name: str, tensor: Tensor) -> torch.device:
     return tensor.device
 
 
+def device_name(device: torch.device) -> str:
+    """What measured tiles of `device` are kept under."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and not is_interpreted() else "interpreter"
+
+
+def does_not_fit(error: Exception) -> bool:
+    """Whether `error` says that a kernel needs more shared memory or registers than the device has."""
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, OutOfResources)
+
+
 # torch.compile cannot follow the look at the device, which does not change.
 @torch.compiler.assume_constant_result
 def shared_memory(device: torch.device) -> int:

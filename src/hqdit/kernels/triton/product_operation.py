@@ -18,7 +18,7 @@ from hqdit.kernels.arguments import FLOAT32, require_one_device, require_tensor
 from hqdit.kernels.linear import packed_level_tables
 from hqdit.kernels.preparation import POINTWISE
 from hqdit.kernels.triton import tiles
-from hqdit.kernels.triton.library import KERNEL_DTYPES, as_bits, is_interpreted, require_device
+from hqdit.kernels.triton.library import KERNEL_DTYPES, as_bits, device_name, require_device
 from hqdit.quantizers.spec import INT32_MAX
 
 LARGEST_INT8 = 128
@@ -42,10 +42,6 @@ def _level_tables(formats: tuple[str, ...], device: torch.device) -> tuple[Tenso
             "whose levels fit in int8"
         )
     return tables.to(device), int(tables.to(torch.int32).abs().max())
-
-
-def _device_name(device: torch.device) -> str:
-    return "interpreter" if is_interpreted() else torch.cuda.get_device_name(device)
 
 
 def _product(
@@ -110,7 +106,7 @@ def _product(
     # Triton is imported where a kernel runs.
     from hqdit.kernels.triton.product import product_kernel
 
-    tile = tiles.product_tile(_device_name(device), tokens, width, channels, groups)
+    tile = tiles.product_tile(device_name(device), tokens, width, channels, groups)
     grid = (-(-tokens // tile.tokens) * -(-channels // tile.channels),)
     # Pointers that are not read still have to be pointers.
     product_kernel[grid](
