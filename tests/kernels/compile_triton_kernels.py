@@ -45,8 +45,8 @@ def rotate_quantize(rotation: str, width: int, group_size: int | None = None, he
     assert tables is not None
     rotate_quantize_operation.rotate_quantize(
         torch.zeros(32, width, dtype=torch.bfloat16), torch.zeros(-(-width // 8), dtype=torch.uint8), tables.sylvester,
-        tables.paley, tables.inner, tables.normalization, None, None, None, None, None, group_size or width, "e2m1",
-        None, torch.ones(2, width), torch.ones(2, width), 1e-6,
+        tables.paley, tables.inner, tables.normalization, None, None, None, None, "absmax", 1.0,
+        group_size or width, "e2m1", None, torch.ones(2, width), torch.ones(2, width), 1e-6,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,12 +19,15 @@ from hqdit.errors import EnvironmentUnavailable, UsageError
 from hqdit.formats.catalog import E2M1, E3M0
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.linear import PackedWeight, packed_level_tables
+from hqdit.kernels.preparation import InputPreparation, input_tables
 from hqdit.kernels.selection import BACKENDS, default_backend, require_backend, use_backend
 from hqdit.kernels.triton import library, product_operation, rotate_quantize_operation, tiles
 from hqdit.kernels.triton.tiles import ProductTile, use_tile
 from hqdit.numerics.error import sqnr_db
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
+from hqdit.quantizers.spec import ActivationSpec
+from hqdit.transforms.rotation import plan_rotation
 
 pytestmark = needs_triton
 
@@ -68,7 +72,8 @@ def rotate_quantize_arguments() -> Arguments:
         "input_scale": floats(72),
         "channel_scale": floats(72).abs() + 1,
         "static_scale": None,
-        "rms_factor": None,
+        "scale_rule": "absmax",
+        "scale_factor": 1.0,
         "group_size": 12,
         "format": "e2m1",
         "function": None,
@@ -236,6 +241,9 @@ def test_every_fault_of_a_tensor_is_named(name: str, argument: str, fault: str) 
         ("rotate_quantize", {"mod_shift": None}, "both or neither"),
         ("rotate_quantize", {"mod_scale": floats(4, 72), "mod_shift": floats(4, 72)}, "4 modulations for 6 tokens"),
         ("rotate_quantize", {"static_scale": floats(1)}, "needed it alone"),
+        ("rotate_quantize", {"scale_rule": "mse"}, "'mse' with factor 1.0"),
+        ("rotate_quantize", {"scale_factor": 0.9}, "'absmax' with factor 0.9"),
+        ("rotate_quantize", {"scale_rule": "rms", "scale_factor": 0.0}, "'rms' with factor 0.0"),
     ],
 )
 def test_arguments_that_do_not_go_together(name: str, changes: Arguments, message: str) -> None:
@@ -257,6 +265,25 @@ def test_token_too_long_for_a_program_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tiles, "LARGEST_TOKEN_TILE", 64)
     with pytest.raises(ValueError, match="found width 72, which takes"):
         rotate_quantize_operation.rotate_quantize(**rotate_quantize_arguments())
+
+
+@dataclass(frozen=True)
+class LaterSpec(ActivationSpec):
+    """A specification with a field that the kernels do not know."""
+
+    temperature: float = 0.0
+
+
+def test_what_the_kernels_do_not_know_is_refused_and_not_left_out() -> None:
+    rotation, x = plan_rotation("none", 24, "test"), floats(2, 24)
+    for temperature in (0.0, 1.0):
+        spec = LaterSpec(E2M1, temperature=temperature)
+        preparation = InputPreparation(spec, rotation, input_tables(spec, rotation))
+        if temperature:
+            with pytest.raises(UsageError, match="found temperature 1.0 .* Fix: choose another backend"):
+                BACKENDS["triton"].quantize_input(x, preparation)
+        else:
+            assert BACKENDS["triton"].quantize_input(x, preparation).levels.shape == (2, 24)
 
 
 # Where it runs

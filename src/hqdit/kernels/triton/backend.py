@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
+from hqdit.errors import UsageError
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.backend import TorchBackend
 from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight
 from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise
 from hqdit.kernels.triton import library, product_operation, rotate_quantize_operation, tiles
+from hqdit.quantizers.spec import ActivationSpec
+
+#: What the kernels, or the operations around them, heed of an input's specification.
+KNOWN_FIELDS = ("format", "granularity", "group_size", "smoothing")
 
 
 class TritonBackend(TorchBackend):
@@ -34,6 +40,7 @@ class TritonBackend(TorchBackend):
     def quantize_input(self, x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
         tables, activation = preparation.tables, preparation.activation
         group_size = activation.group_size or x.shape[1]
+        _require_known(activation)
         if tables is None:
             return super().quantize_input(x, preparation, front)
         tile = tiles.token_tile(x.shape[1], tables.sylvester, tables.paley, tables.inner, group_size)
@@ -62,7 +69,8 @@ class TritonBackend(TorchBackend):
             preparation.input_scale,
             preparation.channel_scale,
             static,
-            preparation.rms_factor,
+            "absmax" if preparation.rms_factor is None else "rms",
+            1.0 if preparation.rms_factor is None else preparation.rms_factor,
             group_size,
             activation.format.name,
             function,
@@ -102,6 +110,17 @@ class TritonBackend(TorchBackend):
             for weight in weights
         ]
         return [output.to(dtype) for output in outputs]
+
+
+def _require_known(activation: ActivationSpec) -> None:
+    """Raise UsageError if a layer asks for something that the kernels do not know, which they would leave out."""
+    for field in fields(activation):
+        found = getattr(activation, field.name)
+        if field.name not in KNOWN_FIELDS and found != field.default:
+            raise UsageError(
+                f"--backend triton: found {field.name} {found!r} in the specification of a layer's input, needed one "
+                f"that asks for {', '.join(KNOWN_FIELDS)} alone. Fix: choose another backend"
+            )
 
 
 def _in_rows(x: Tensor) -> Tensor:

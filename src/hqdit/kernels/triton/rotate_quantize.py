@@ -69,7 +69,7 @@ def rotate_quantize_kernel(
     eps,
     normalization,
     top,  # the largest level, as a float
-    rms_factor,
+    scale_factor,  # of rule rms
     min_scale,
     WIDTH: tl.constexpr,
     IS_BFLOAT16: tl.constexpr,
@@ -150,7 +150,7 @@ def rotate_quantize_kernel(
         unit = tl.maximum(tl.div_rn(largest, top), min_scale)
     elif RULE == "rms":
         unit = tl.sqrt_rn(tl.div_rn(tl.sum(y * y, axis=1), GROUP_SIZE * 1.0))
-        unit = tl.maximum(unit * rms_factor, min_scale)
+        unit = tl.maximum(unit * scale_factor, min_scale)
     else:
         unit = tl.full((PADDED_GROUPS,), 1.0, dtype=tl.float32) * tl.load(static_scale)
     rung = rung_of(tl.div_rn(y, unit[:, None]), thresholds, RUNGS, STEPS)

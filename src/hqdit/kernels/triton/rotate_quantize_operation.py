@@ -6,6 +6,7 @@ Formats travel by name and transforms by their orders, as in `product_operation`
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from hqdit.transforms.hadamard import hadamard_factors, paley_matrix
 _library = torch.library.Library("hqdit", "FRAGMENT")
 _library.define(
     "triton_rotate_quantize(Tensor x, Tensor? sign_bits, int sylvester, int paley, int inner, float normalization, "
-    "Tensor? input_shift, Tensor? input_scale, Tensor? channel_scale, Tensor? static_scale, float? rms_factor, "
-    "int group_size, str format, str? function, Tensor? mod_scale, Tensor? mod_shift, float eps) -> (Tensor, Tensor)"
+    "Tensor? input_shift, Tensor? input_scale, Tensor? channel_scale, Tensor? static_scale, str scale_rule, "
+    "float scale_factor, int group_size, str format, str? function, Tensor? mod_scale, Tensor? mod_shift, float eps) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -63,7 +65,8 @@ def _rotate_quantize(
     input_scale: Tensor | None,
     channel_scale: Tensor | None,
     static_scale: Tensor | None,
-    rms_factor: float | None,
+    scale_rule: str,
+    scale_factor: float,
     group_size: int,
     format: str,
     function: str | None,
@@ -93,6 +96,12 @@ def _rotate_quantize(
         )
     if function is not None and function not in POINTWISE:
         raise ValueError(f"{op}: found the function {function!r}, needed one of {', '.join(POINTWISE)} or None")
+    is_known = scale_factor == 1 if scale_rule == "absmax" else scale_rule == "rms" and 0 < scale_factor < math.inf
+    if not is_known:
+        raise ValueError(
+            f"{op}: found the scale rule {scale_rule!r} with factor {scale_factor}, needed absmax with 1 or rms with a "
+            "positive one. Fix: run this layer on another backend"
+        )
     if sign_bits is not None:
         require_tensor(f"{op} sign_bits", sign_bits, (torch.uint8,), (-(-width // 8),), device)
     for name, vector in (("input_shift", input_shift), ("input_scale", input_scale), ("channel_scale", channel_scale)):
@@ -100,8 +109,8 @@ def _rotate_quantize(
             require_tensor(f"{op} {name}", vector, FLOAT32, (width,), device)
     if static_scale is not None:
         require_tensor(f"{op} static_scale", static_scale, FLOAT32, (1,), device)
-        if group_size != width or rms_factor is not None:
-            raise ValueError(f"{op}: found a static scale with groups or an RMS factor, needed it alone")
+        if group_size != width or scale_rule != "absmax":
+            raise ValueError(f"{op}: found a static scale with groups or another rule, needed it alone")
     if (mod_scale is None) != (mod_shift is None):
         raise ValueError(f"{op}: found one of mod_scale and mod_shift, needed both or neither")
     samples, front = 1, function
@@ -123,7 +132,7 @@ def _rotate_quantize(
     from hqdit.kernels.triton.rotate_quantize import rotate_quantize_kernel
 
     unused = scale  # pointers that are not read still have to be pointers
-    rule = "static" if static_scale is not None else "absmax" if rms_factor is None else "rms"
+    rule = scale_rule if static_scale is None else "static"
     rotate_quantize_kernel[(tokens,)](
         as_bits(x),
         levels if sign_bits is None else sign_bits,
@@ -145,7 +154,7 @@ def _rotate_quantize(
         eps,
         normalization,
         float(fmt.max_level),
-        rms_factor or 0.0,
+        scale_factor,
         MIN_SCALE,
         WIDTH=width,
         IS_BFLOAT16=x.dtype == torch.bfloat16,
@@ -178,7 +187,7 @@ def _rotate_quantize(
 
 def _rotate_quantize_shape(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     require_one_device("hqdit::triton_rotate_quantize", x, *(a for a in args if isinstance(a, Tensor)))
-    scale = x.new_empty((x.shape[0], x.shape[1] // args[10]), dtype=torch.float32)
+    scale = x.new_empty((x.shape[0], x.shape[1] // args[11]), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scale
 
 
