@@ -18,7 +18,7 @@ from hqdit.kernels.arguments import FLOAT32, require_one_device, require_tensor
 from hqdit.kernels.linear import packed_level_tables
 from hqdit.kernels.preparation import POINTWISE
 from hqdit.kernels.triton import tiles
-from hqdit.kernels.triton.library import KERNEL_DTYPES, as_bits, device_name, require_device
+from hqdit.kernels.triton.library import KERNEL_DTYPES, as_bits, device_name, is_interpreted, require_device
 from hqdit.quantizers.spec import INT32_MAX
 
 LARGEST_INT8 = 128
@@ -144,6 +144,7 @@ def _product(
         BLOCK_N=tile.channels,
         BLOCK_K=tile.depth,
         ROWS_TOGETHER=tile.rows_together,
+        IS_COMPILED=not is_interpreted(),
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,
