@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -36,7 +36,7 @@ class Clock:
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         self._flushed.zero_()
         torch.cuda.synchronize(self.device)
         if has_head_start:
@@ -48,7 +48,7 @@ class Clock:
         return float(begin.elapsed_time(end)) * 1e-3
 
     def turns(
-        self, runs: dict[str, Callable[[], object]], repeats: int, what: str, has_head_start: bool = False
+        self, runs: Mapping[str, Callable[[], object]], repeats: int, what: str, has_head_start: bool = False
     ) -> dict[str, list[float]]:
         """Seconds of each of `runs`, taken in turns after two calls that count for nothing; a bar called `what`."""
         for run in runs.values():
