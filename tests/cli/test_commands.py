@@ -444,7 +444,7 @@ def test_doctor_names_libraries_and_backends(hqdit: Hqdit, tmp_path: Path) -> No
     outcome = hqdit("doctor", "--json", tmp_path / "d.json")
     assert (outcome.code, outcome.err) == (0, "")
     record = read(tmp_path / "d.json")
-    assert set(record["backends"]) == {"native", "torch", "reference"}
+    assert set(record["backends"]) == {"native", "triton", "torch", "reference"}
     assert {record["backends"][name] for name in RUNNABLE} == {"available"}
     assert ("native" in record) == ("native" in RUNNABLE)
     assert record["libraries"]["torch"] == torch.__version__ and torch.__version__ in outcome.out

@@ -152,7 +152,7 @@ def test_product_on_cuda(m: int, n: int, k: int, seed: int, layouts: tuple[int, 
 
 
 def test_default_is_native_where_it_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(BACKENDS) == ["native", "torch", "reference"]
+    assert list(BACKENDS) == ["native", "triton", "torch", "reference"]
     for name in ("torch", "reference"):
         assert require_backend(name).unavailable_reason() is None
     for reason, expected in ((None, "native"), ("not compiled", "torch")):
@@ -181,7 +181,7 @@ def test_choice_is_not_shared_between_threads() -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(UsageError, match="'cuda', needed one of native, torch, reference"):
+    with pytest.raises(UsageError, match="'cuda', needed one of native, triton, torch, reference"):
         require_backend("cuda")
     with pytest.raises(UsageError), use_backend(""):
         pytest.fail("entered")

@@ -30,7 +30,9 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16 for the unquantized rest.")]
 BackendName = Annotated[
     str | None,
-    typer.Option("--backend", help="native, torch or reference; see hqdit doctor for the default.", show_default=False),
+    typer.Option(
+        "--backend", help="native, triton, torch or reference; see hqdit doctor for the default.", show_default=False
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; default: all cores.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

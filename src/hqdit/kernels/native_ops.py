@@ -5,6 +5,7 @@ Every tensor is checked here for device, dtype, shape and strides; the compiled 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hqdit.kernels import native_library as native
+from hqdit.kernels.arguments import FLOAT32, require_one_device, require_tensor
 from hqdit.quantizers.scaling import absmax_divisor
 
 _library = torch.library.Library("hqdit", "DEF")
@@ -30,44 +32,13 @@ _library.define(
 _library.define("attention(Tensor query, Tensor key, Tensor value) -> Tensor")
 
 
-def _require(
-    what: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: Sequence[int | None], rows: bool = False
-) -> None:
-    """Raise unless `tensor` is as the kernels need it.
-
-    Args:
-        what: operation and argument, for the message.
-        tensor: to be looked at.
-        dtypes: those allowed.
-        shape: sizes; None for any.
-        rows: rows may lie apart or overlap (a stride of 0), as long as each lies in one piece.
-
-    Raises:
-        TypeError: no tensor, another dtype or device.
-        ValueError: another shape, strides that the kernels cannot follow, or an address between two elements.
-    """
-    if not isinstance(tensor, Tensor):  # torch lets None pass for a tensor
-        raise TypeError(f"{what}: found {type(tensor).__name__}, needed a tensor")
-    if tensor.device.type != "cpu":
-        raise TypeError(f"{what}: found device {tensor.device}, needed cpu")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{what}: found {tensor.dtype}, needed {' or '.join(str(dtype) for dtype in dtypes)}")
-    found = tuple(tensor.shape)
-    if len(found) != len(shape) or any(w is not None and f != w for f, w in zip(found, shape, strict=True)):
-        needed = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{what}: found shape {found}, needed ({needed})")
-    in_one_piece = (tensor.shape[-1] <= 1 or tensor.stride(-1) == 1) if rows else tensor.is_contiguous()
-    if tensor.numel() and not in_one_piece:
-        raise ValueError(f"{what}: found strides {tensor.stride()}, needed elements that follow each other")
-    if tensor.data_ptr() % tensor.element_size():
-        raise ValueError(f"{what}: found an address that is no multiple of {tensor.element_size()}, needed one that is")
+_require = functools.partial(require_tensor, device=torch.device("cpu"))
 
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-FLOAT32 = (torch.float32,)
 KERNEL_DTYPES = tuple(native.ELEMENT)
 LARGEST_HEAD = 256
 INT32_MAX = 2**31 - 1
@@ -299,34 +270,21 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def _require_one_device(op: str, *tensors: Tensor | Sequence[Tensor | None] | None) -> None:
-    """Raise TypeError if tensors for tracing, which have no data, come together with others.
-
-    torch asks for shapes alone as soon as one tensor is on the meta device, and would return memory without contents.
-    """
-    devices = set()
-    for entry in tensors:
-        parts = [entry] if isinstance(entry, Tensor) else entry or ()
-        devices |= {part.device for part in parts if part is not None}
-    if len(devices) > 1:
-        raise TypeError(f"{op}: found devices {', '.join(sorted(map(str, devices)))}, needed one")
-
-
 def _rotate_quantize_shape(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     group_size, rung_levels = args[13], args[15]
-    _require_one_device("hqdit::rotate_quantize", x, *(entry for entry in args if isinstance(entry, Tensor)))
+    require_one_device("hqdit::rotate_quantize", x, *(entry for entry in args if isinstance(entry, Tensor)))
     levels = x.new_empty(x.shape, dtype=rung_levels.dtype)
     return levels, x.new_empty((x.shape[0], x.shape[1] // group_size), dtype=torch.float32)
 
 
 def _product_shape(levels: Tensor, token_scale: Tensor, packed: Sequence[Tensor], *args: Any) -> list[Tensor]:
     lists, gate, residual, dtype = args[:4], args[5], args[6], args[7]
-    _require_one_device("hqdit::product", levels, token_scale, packed, *lists, gate, residual)
+    require_one_device("hqdit::product", levels, token_scale, packed, *lists, gate, residual)
     return [levels.new_empty((levels.shape[0], weight.shape[0]), dtype=dtype) for weight in packed]
 
 
 def _attention_shape(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    _require_one_device("hqdit::attention", query, key, value)
+    require_one_device("hqdit::attention", query, key, value)
     return query.new_empty(query.shape)
 
 

@@ -13,9 +13,10 @@ from hqdit.errors import EnvironmentUnavailable, UsageError
 from hqdit.kernels.backend import Backend, ReferenceBackend, TorchBackend
 from hqdit.kernels.native import NativeBackend
 from hqdit.kernels.native_library import ISA_VARIABLE
+from hqdit.kernels.triton.backend import TritonBackend
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (NativeBackend(), TorchBackend(), ReferenceBackend())
+    backend.name: backend for backend in (NativeBackend(), TritonBackend(), TorchBackend(), ReferenceBackend())
 }
 _selected: ContextVar[str | None] = ContextVar("hqdit_backend", default=None)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from hqdit.report.cells import MISSING
-
-Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
+from hqdit.report.gpu_benchmark import Table, gpu_tables, ratio_text
 
 
 def benchmark_tables(record: dict[str, Any]) -> str:
@@ -23,6 +21,8 @@ def forward_markdown(record: dict[str, Any]) -> str:
 
 
 def _tables(record: dict[str, Any]) -> list[Table]:
+    if record.get("device") == "cuda":
+        return gpu_tables(record)
     return [
         _products(record),
         _forward(record),
@@ -33,16 +33,12 @@ def _tables(record: dict[str, Any]) -> list[Table]:
     ]
 
 
-def _ratio(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f}x"
-
-
 def _products(record: dict[str, Any]) -> Table:
     rows = [
         [
             entry["shape"],
-            _ratio(entry["vs_float32"]),
-            _ratio(entry["vs_int_mm"]),
+            ratio_text(entry["vs_float32"]),
+            ratio_text(entry["vs_int_mm"]),
             f"{entry['giga_operations_per_second']:.0f}",
         ]
         for entry in record["product"]
@@ -61,8 +57,8 @@ def _forward(record: dict[str, Any]) -> Table:
             [
                 name,
                 f"{value * 1e3:.0f}",
-                _ratio(slowest / value),
-                _ratio(value / ours),
+                ratio_text(slowest / value),
+                ratio_text(value / ours),
                 MISSING if sqnr is None else f"{sqnr:.1f}",
             ]
         )
@@ -73,7 +69,7 @@ def _forward(record: dict[str, Any]) -> Table:
 
 def _tokens(record: dict[str, Any]) -> Table:
     rows = [
-        [str(entry["tokens"]), str(entry["blocks"]), _ratio(entry["vs_float32_eager"])]
+        [str(entry["tokens"]), str(entry["blocks"]), ratio_text(entry["vs_float32_eager"])]
         for entry in record["forward"]["by_tokens"]
     ]
     return "By number of tokens, batch 1", ("Tokens", "Blocks", "vs float32"), rows
@@ -87,10 +83,10 @@ def _rotation(record: dict[str, Any]) -> Table:
 def _memory(record: dict[str, Any]) -> Table:
     memory = record["memory"]
     rows = [
-        ["file, distinct embedders", _ratio(memory["file_ratio"])],
-        ["file, embedders stored once", _ratio(memory["file_ratio_shared_embedders"])],
-        ["peak of load and one forward, distinct embedders", _ratio(memory["peak_ratio"])],
-        ["peak of load and one forward, embedders stored once", _ratio(memory["peak_ratio_shared_embedders"])],
+        ["file, distinct embedders", ratio_text(memory["file_ratio"])],
+        ["file, embedders stored once", ratio_text(memory["file_ratio_shared_embedders"])],
+        ["peak of load and one forward, distinct embedders", ratio_text(memory["peak_ratio"])],
+        ["peak of load and one forward, embedders stored once", ratio_text(memory["peak_ratio_shared_embedders"])],
     ]
     return "Memory", ("", "float32 / ours"), rows
 
