@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest native-test bench bench-peers lint soak reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress records readme support-matrix package clean
+.PHONY: help demo test test-oldest native-test bench bench-peers lint soak soak-records estimates reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress records readme support-matrix package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-25s%s\n", $$1, $$2}'
@@ -56,8 +56,15 @@ bench: $(VENV)/.stamp-run bench-peers ## measure speed and memory against other 
 
 bench-peers: $(PEERS_VENV)/.stamp ## install what hqdit bench compares with, in an environment of its own
 
-soak: $(VENV)/.stamp-dev ## run the tests that take minutes
+soak: $(VENV)/.stamp-fuzz ## run the tests that take minutes
 	$(BIN)/python -m pytest -m soak
+
+soak-records: $(VENV)/.stamp-fuzz ## fuzz every reader, damage every bit of a checkpoint, and keep the records
+	$(BIN)/python tests/fuzz/coverage_guided.py --executions 50000 --record docs/records/fuzz.json
+	$(BIN)/python benchmarks/damage_soak.py --json docs/records/damage_soak.json
+
+estimates: $(VENV)/.stamp-dev ## compare the estimates of memory and disk with what commands take, and keep the record
+	$(BIN)/python benchmarks/estimate_accuracy.py --json docs/records/estimates.json
 
 reproduce: $(VENV)/.stamp-train ## repeat the paper's experiments and open questions; QUICK=1, EXPERIMENTS=NAME...
 	$(BIN)/hqdit reproduce $(EXPERIMENTS) --out $(REPRODUCED) $(if $(QUICK),--quick)
@@ -123,6 +130,11 @@ $(VENV)/.stamp-train: $(VENV)/.stamp-venv pyproject.toml constraints.txt $(NATIV
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.stamp-run $(VENV)/.stamp-train $@
+
+# A wheel of atheris exists for Linux; elsewhere the test that needs it is skipped.
+$(VENV)/.stamp-fuzz: $(VENV)/.stamp-dev
+	-$(PIP) install --only-binary atheris -c constraints.txt atheris
+	@touch $@
 
 $(PEERS_VENV)/.stamp: $(PEERS) constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

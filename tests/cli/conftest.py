@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from hqdit.cli.main import run
+from hqdit.models import torch_file, torch_file_reader
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ def hqdit(capsys: pytest.CaptureFixture[str]) -> Hqdit:
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def reads_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch files, all our own, are read by the child's program in this process, where it starts in no time."""
+
+    def run_here(path: Path, handed: Path, answer: Path, weights: str | None) -> int:
+        return torch_file_reader.main([str(path), str(handed), str(answer), weights or ""])
+
+    monkeypatch.setattr(torch_file_reader, "_limit_resources", lambda _: None)
+    monkeypatch.setattr(torch_file, "_run_child", run_here)
 
 
 @dataclass(frozen=True)

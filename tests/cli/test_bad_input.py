@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import Hqdit, Outcome, tree
+from conftest import Hqdit, tree
+from contract import require_contract
 from safetensors.torch import load_file, save_file
 
 from hqdit.cli.main import run
@@ -211,18 +212,6 @@ def unchanged(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         left = workspace.parent / path
         left.rmdir() if left.is_dir() else left.unlink()
     assert after == before
-
-
-def require_contract(outcome: Outcome, code: int, *fragments: str) -> None:
-    assert outcome.code == code, outcome.err
-    line = outcome.first_line
-    assert line.startswith("hqdit: error: ") and "Fix: " in line and not line.endswith("Fix: ")
-    for fragment in fragments:
-        assert fragment in line, f"{fragment!r} is missing in: {line}"
-    assert "Traceback" not in outcome.out + outcome.err
-    assert not any(0x2500 <= ord(c) <= 0x259F for c in outcome.out + outcome.err), "box"
-    assert all(c.isprintable() or c == "\n" for c in outcome.out + outcome.err), "control character"
-    assert len(line) < 700 and len(outcome.err.splitlines()) <= 20
 
 
 @dataclass(frozen=True)
@@ -642,7 +631,7 @@ WRITERS = [
     ("quantize model --out out --preset minmax", "hqdit.models.weights.save_file"),
     ("quantize model --out deep/er/out --preset minmax", "hqdit.pipeline.publish._flush_tree"),
     ("quantize pipe --out out --preset minmax", "shutil.copyfile"),
-    ("quantize pipe --out full --overwrite --preset minmax", "shutil.copytree"),
+    ("quantize pipe --out full --overwrite --preset minmax", "hqdit.pipeline.checkpoint.copy_tree"),
     ("quantize model --out full --overwrite --preset minmax", "hqdit.pipeline.publish.flush"),
     ("quantize model --out out --preset minmax --json result/q.json", "hqdit.pipeline.publish.publish_text"),
     ("quantize model --out out --preset minmax --json result/q.json", "hqdit.analysis.inspection.inspect_checkpoint"),

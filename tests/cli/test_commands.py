@@ -147,7 +147,8 @@ def test_a_dry_run_lists_every_linear_layer_and_changes_nothing(
     outcome = hqdit("quantize", models.transformer, "--dry-run", "--exclude", "*.ff.net.2", "--out", "q")
     assert outcome.code == 0 and tree(tmp_path) == {} and tree(models.transformer.parent) == before
 
-    rows = {line.split()[0]: line for line in outcome.out.splitlines()[1:-1]}
+    assert outcome.out.splitlines()[0].startswith("estimate: about ")
+    rows = {line.split()[0]: line for line in outcome.out.splitlines()[2:-1]}
     linear = {name for name, module in tiny.tiny_dit().named_modules() if isinstance(module, nn.Linear)}
     assert rows.keys() == linear
     assert "full 2*36" in rows["transformer_blocks.0.attn1.to_q"] and " 72 " in rows["transformer_blocks.0.attn1.to_q"]

@@ -81,7 +81,7 @@ def test_a_whole_pipeline(hqdit: Hqdit, sources: Path, tmp_path: Path) -> None:
         *("--class-names", sources / "names.txt", "--json", tmp_path / "result.json"),
     )
     assert (outcome.code, outcome.err) == (0, "")
-    assert "64 x 64 pixels" in outcome.out and "5 classes" in outcome.out and len(outcome.out.splitlines()) == 1
+    assert "64 x 64 pixels" in outcome.out and "5 classes" in outcome.out and len(outcome.out.splitlines()) == 2
     assert sorted(path for path, kind in tree(tmp_path / "pipe").items() if kind != "folder") == [
         "hqdit_manifest.json",
         "model_index.json",

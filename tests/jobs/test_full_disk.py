@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from job_runs import Ended, commands, contents, run_in
+from job_runs import Command, Ended, commands, contents, run_in
 
+from hqdit.jobs import job
 from hqdit.jobs.job import job_folder
 
 PAGE = 4096
@@ -34,22 +35,29 @@ def resize(folder: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={pages * PAGE}", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("name", ["quantize", "sample"])
+def keep_the_job() -> None:
+    """In a child: what a job has finished stays when it ends."""
+    job._remove = lambda folder: None
+
+
+def needed_bytes(command: Command, folder: Path) -> int:
+    """What a run has on disk when its output has just got its name, in whole pages: pieces and output."""
+    assert run_in(folder, *command.words, prepare=keep_the_job) == Ended(0, "")
+    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", ["quantize", "sample", "evaluate"])
 def test_no_space_left(name: str, models: Path, exact: dict[str, dict[str, str]], small: Path, tmp_path: Path) -> None:
     command = commands(models)[name]
-    # The result, and the job beside it with the same again and its pieces.
-    whole = run_in(tmp_path / "undisturbed", *command.words)
-    assert whole == Ended(0, "")
-    output = tmp_path / "undisturbed" / command.out
-    needed = 3 * sum(-(-path.stat().st_size // PAGE) * PAGE + PAGE for path in output.rglob("*"))
+    needed = needed_bytes(command, tmp_path / "undisturbed")
     refused = 0
     for number, fraction in enumerate(FRACTIONS):
         folder = small / str(number)
         folder.mkdir()
         resize(small, int(fraction * needed))
-        done = run_in(
-            tmp_path / str(number), *(str(folder / "out") if word == "out" else word for word in command.words)
-        )
+        # Without the estimate, which would refuse most sizes before anything is written.
+        words = [str(folder / "out") if word == "out" else word for word in (*command.words, "--ignore-estimate")]
+        done = run_in(tmp_path / str(number), *words)
         assert done.code in (0, 5) and "Traceback" not in done.err, done
         if done.code == 5:
             refused += 1
@@ -57,8 +65,17 @@ def test_no_space_left(name: str, models: Path, exact: dict[str, dict[str, str]]
             assert {path.name for path in folder.iterdir()} <= {job_folder(folder / command.out).name}
         resize(small, 1 << 26)
         if done.code == 5:
-            again = (str(folder / "out") if word == "out" else word for word in (*command.words, "--resume"))
-            assert run_in(tmp_path / str(number), *again) == Ended(0, "")
+            assert run_in(tmp_path / str(number), *words, "--resume") == Ended(0, "")
         assert contents(folder) == exact[name]
         subprocess.run(["rm", "-r", str(folder)], check=True)
     assert 0 < refused < len(FRACTIONS)
+
+
+@pytest.mark.parametrize("name", ["quantize", "sample", "evaluate"])
+def test_far_too_little_space_is_refused_before_the_work(name: str, models: Path, small: Path, tmp_path: Path) -> None:
+    command = commands(models)[name]
+    resize(small, PAGE)
+    words = [str(small / "out") if word == "out" else word for word in command.words]
+    done = run_in(tmp_path / "work", *words)
+    assert done.code == 5 and done.err.startswith("hqdit: error: disk of ") and "--ignore-estimate" in done.err
+    assert list(small.iterdir()) == []

@@ -37,7 +37,6 @@ from hqdit.errors import CheckpointError, HQDiTError, UsageError
 from hqdit.models import weights
 from hqdit.models.source import find_model, load_scheduler
 from hqdit.models.weights import WEIGHTS_NAME
-from hqdit.pipeline import checkpoint
 from hqdit.pipeline.checkpoint import load, quantized_layers, save
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.manifest import MANIFEST_NAME
@@ -609,7 +608,7 @@ def test_failure_in_the_middle(
     if at == "config":
         monkeypatch.setattr(Path, "write_text", broken)
     elif at == "copy":
-        monkeypatch.setattr(checkpoint.shutil, "copyfile", broken)
+        monkeypatch.setattr(shutil, "copyfile", broken)
     else:
         monkeypatch.setattr(weights, "save_file", broken)
     with pytest.raises((OSError, HQDiTError)):

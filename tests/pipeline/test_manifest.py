@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,9 +136,15 @@ def test_flipped_bits_and_truncations_of_a_checkpoint(checkpoint: Path, tmp_path
 
 
 @pytest.mark.soak
-def test_every_flipped_bit_and_every_truncation(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(3600)
+def test_every_flipped_bit_and_every_truncation(
+    checkpoint: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "q"))
-    for path in sorted(folder.iterdir()):
+    files = sorted(folder.iterdir())
+    record_property("files", len(files))
+    record_property("bytes", sum(path.stat().st_size for path in files))
+    for path in files:
         whole = path.read_bytes()
         for bit in range(8 * len(whole)):
             content = bytearray(whole)

@@ -104,7 +104,10 @@ class CalibrationRequest:
 
 
 def _read_prompts(path: Path) -> list[str]:
+    from hqdit.pipeline.manifest import require_regular
+
     try:
+        require_regular(path.expanduser())
         lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"

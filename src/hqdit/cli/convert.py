@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hqdit.cli.estimate import IgnoreEstimate, announce
 from hqdit.cli.options import (
     Debug,
     JsonFile,
@@ -35,6 +36,7 @@ def convert(
     ] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, for widths of no published model.")] = None,
     overwrite: Overwrite = False,
+    ignore_estimate: IgnoreEstimate = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -44,11 +46,21 @@ def convert(
         require_count("--heads", heads)
     with running(quiet_mode=quiet):
         from hqdit.models.original_dit import AUTOENCODER_REDUCTION
+        from hqdit.pipeline.estimate import convert_estimate
         from hqdit.pipeline.original_checkpoint import convert_original
+        from hqdit.pipeline.publish import require_free
 
         existed = out.expanduser().exists()
         sources = [path for path in (checkpoint, vae, class_names) if path is not None]
+        require_free(out, overwrite, *sources)
         require_json(json_file, out, *sources)
+        announce(
+            convert_estimate(checkpoint.expanduser(), vae and vae.expanduser()),
+            out,
+            device=None,
+            is_ignored=ignore_estimate,
+            is_quiet=quiet,
+        )
         done = convert_original(
             checkpoint.expanduser(),
             out,

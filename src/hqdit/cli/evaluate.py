@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hqdit.cli.estimate import IgnoreEstimate, announce
 from hqdit.cli.job import Resume, running_job
 from hqdit.cli.options import (
     BackendName,
@@ -41,6 +43,7 @@ def evaluate(
     batch_size: BatchSize = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard what a stopped run has finished.")] = False,
     resume: Resume = False,
+    ignore_estimate: IgnoreEstimate = False,
     json_file: JsonFile = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -77,6 +80,7 @@ def evaluate(
         from hqdit.models.source import find_model, load_float_transformer, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
         from hqdit.pipeline.environment import describe_environment
+        from hqdit.pipeline.estimate import evaluate_estimate
         from hqdit.sampling.noise import EVALUATION
         from hqdit.sampling.sampler import SamplingConfig, generate_images, require_guidance
 
@@ -85,6 +89,16 @@ def evaluate(
         require_json(json_file, None, folder.root, original.root)
         if json_file is not None:
             require_startable(json_file, is_resumed=resume, is_discarding=overwrite)
+        announce(
+            evaluate_estimate(
+                folder, original, options.dtype, num, batch_size, guidance, is_kept=json_file is not None
+            ),
+            json_file or Path.cwd(),
+            device=options.device,
+            is_ignored=ignore_estimate,
+            is_quiet=quiet,
+            fix="lower --batch-size or --num",
+        )
         quantized = to_dtype(load_folder(folder), options.dtype, options.device)
         exact = load_float_transformer(original).to(options.device)  # float32: the yardstick is not rounded
         require_same_shape(exact, quantized)

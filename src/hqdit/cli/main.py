@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -29,7 +30,7 @@ from hqdit.cli.reproduce import reproduce
 from hqdit.cli.sample import sample
 from hqdit.cli.score import score
 from hqdit.cli.verify import verify
-from hqdit.errors import EnvironmentUnavailable, HQDiTError, ResourceError, UsageError
+from hqdit.errors import CheckpointError, EnvironmentUnavailable, HQDiTError, ResourceError, UsageError
 
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
@@ -116,6 +117,11 @@ def _translate(error: BaseException, given: Sequence[str]) -> HQDiTError | None:
             f"{error.filename or 'output'}: found that it cannot be written or read ({os.strerror(error.errno)}), "
             "needed space and permission. Fix: make room, or choose another path"
         )
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):
+        return CheckpointError(
+            f"{str(error).removeprefix('Symlink loop from ')}: found links that lead in a circle, needed a file or a "
+            "folder. Fix: check where the link leads"
+        )
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return UsageError(f"~: found a path whose home folder is unknown ({error}), needed one. Fix: write it in full")
     if isinstance(error, ModuleNotFoundError):
@@ -158,8 +164,16 @@ def _run(given: list[str]) -> int:
                 f"hqdit: defect: {type(error).__name__}: {error}. Fix: please report the lines above", file=sys.stderr
             )
             return 1
-        print(f"hqdit: error: {printable(str(translated))}", file=sys.stderr)
+        print(f"hqdit: error: {printable(_in_one_line(str(translated), given))}", file=sys.stderr)
         return translated.exit_code
+
+
+def _in_one_line(message: str, given: Sequence[str]) -> str:
+    """`message` with the line ends of names escaped; other line ends are those of its table."""
+    names = {name for argument in given for name in re.split("[/=]", argument) if len(name.splitlines()) > 1}
+    for name in sorted(names, key=len, reverse=True):
+        message = message.replace(name, name.replace("\n", "\\n"))
+    return message
 
 
 def _interrupted() -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hqdit.cli.calibration import CalibrationRequest
+from hqdit.cli.estimate import IgnoreEstimate, announce
 from hqdit.cli.job import Resume, running_job
 from hqdit.cli.options import (
     BackendName,
@@ -109,6 +111,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; change nothing.")] = False,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    ignore_estimate: IgnoreEstimate = False,
     json_file: JsonFile = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -125,6 +128,7 @@ def quantize(
     with running(quiet_mode=quiet, device=device, backend=backend, threads=threads, seed=seed) as options:
         from hqdit.analysis.inspection import inspect_checkpoint
         from hqdit.calibration.recording import read_calibration
+        from hqdit.calibration.samples import DEFAULT_SAMPLES
         from hqdit.cli.inspect import print_sizes
         from hqdit.jobs.description import model_digest
         from hqdit.jobs.job import has_published, require_startable
@@ -132,11 +136,12 @@ def quantize(
         from hqdit.jobs.stores import calibration as kept_calibration
         from hqdit.models.adapter import ClassConditionalAdapter, adapter_for
         from hqdit.models.source import find_model, load_float_transformer, load_scheduler
-        from hqdit.pipeline.checkpoint import save
+        from hqdit.pipeline.checkpoint import beside_transformer, save
         from hqdit.pipeline.config import QuantizationConfig
+        from hqdit.pipeline.estimate import quantize_estimate
         from hqdit.pipeline.manifest import sha256_of
         from hqdit.pipeline.plan import plan_quantization
-        from hqdit.pipeline.publish import require_free
+        from hqdit.pipeline.publish import require_copyable, require_free
         from hqdit.pipeline.quantize import quantize as quantize_model
 
         changes: dict[str, Any] = {
@@ -177,11 +182,25 @@ def quantize(
             require_free(out, overwrite or (resume and has_published(out)), *sources)
             require_startable(out, is_resumed=resume, is_discarding=overwrite)
         require_json(json_file, out, *sources)
+        for path in beside_transformer(folder):  # now, not when everything else is finished
+            require_copyable(path)
         given = read_calibration(calibration) if calibration is not None else None
+        is_drawn = given is None and config.needs_calibration
+        estimate = None
+        if not folder.is_quantized:  # which loading refuses
+            samples = len(given) if given is not None else calibration_samples or DEFAULT_SAMPLES
+            estimate = quantize_estimate(folder, config, samples if config.needs_calibration else 0)
+            announce(
+                estimate,
+                out or Path.cwd(),
+                device=options.device,
+                is_ignored=ignore_estimate or dry_run,
+                is_quiet=quiet,
+                fix="take fewer --calibration-samples or --no-gptq" if config.needs_calibration else "",
+            )
         model = load_float_transformer(folder).to(options.device)
         if isinstance(adapter_for(model), ClassConditionalAdapter):
             load_scheduler(folder)  # a broken one is found now, not when somebody samples
-        is_drawn = given is None and config.needs_calibration
         if prompts is not None and not is_drawn:
             raise UsageError(
                 f"--prompts: found {prompts} where no calibration data is drawn, needed a request that draws some. "
@@ -194,7 +213,7 @@ def quantize(
         plan = plan_quantization(model, config)
         if dry_run or out is None:
             _print_plan(plan)
-            write_json(json_file, _plan_record(plan, config))
+            write_json(json_file, {**_plan_record(plan, config), "estimate": estimate and asdict(estimate)})
             return
         description = {
             "model": model_digest(folder),

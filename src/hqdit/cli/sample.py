@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hqdit.cli.estimate import IgnoreEstimate, announce
 from hqdit.cli.job import Resume, running_job
 from hqdit.cli.options import (
     BackendName,
@@ -54,6 +55,7 @@ def sample(
     ] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    ignore_estimate: IgnoreEstimate = False,
     json_file: JsonFile = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -78,6 +80,7 @@ def sample(
         from hqdit.models.source import find_model, load_scheduler, load_vae
         from hqdit.pipeline.checkpoint import load_folder
         from hqdit.pipeline.environment import describe_environment
+        from hqdit.pipeline.estimate import sample_estimate
         from hqdit.pipeline.publish import publish_folder, require_free
         from hqdit.report.figures import image_grid
         from hqdit.sampling.sampler import SamplingConfig, generate_images, require_classes, require_guidance, to_uint8
@@ -89,6 +92,14 @@ def sample(
         require_json(json_file, out, folder.root)
         _require_npz(npz, out, folder.root)
         given = None if classes is None else choose_classes(classes, class_names(folder))
+        announce(
+            sample_estimate(folder, options.dtype, num, batch_size, guidance, has_npz=npz is not None),
+            out,
+            device=options.device,
+            is_ignored=ignore_estimate,
+            is_quiet=quiet,
+            fix="lower --batch-size or --num",
+        )
         transformer = to_dtype(load_folder(folder), options.dtype, options.device)
         labels = given or list(
             range(min(DEFAULT_CLASSES, class_conditional_adapter(transformer).num_classes(transformer)))

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hqdit.errors import CheckpointError, UsageError
+from hqdit.pipeline.manifest import require_regular
 from hqdit.pipeline.publish import publish_bytes
 
 ARRAY_NAME = "arr_0"
@@ -65,7 +66,7 @@ def read_images(path: Path) -> Pixels:
 def has_stored_statistics(path: Path) -> bool:
     """Whether an `.npz` of ADM's also holds the mean and covariance of a larger set, under `mu` and `sigma`."""
     place = path.expanduser()
-    if not zipfile.is_zipfile(place):
+    if not place.is_file() or not zipfile.is_zipfile(place):
         return False
     with zipfile.ZipFile(place) as archive:
         return "mu.npy" in archive.namelist()
@@ -73,9 +74,10 @@ def has_stored_statistics(path: Path) -> bool:
 
 def _read_npz(path: Path) -> Pixels:
     try:
+        require_regular(path)
         with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY_NAME}.npy") as file:
             pixels = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever comes out of libraries that do not expect these bytes
         raise CheckpointError(
             f"{path}: found no set of images ({_first_line(error)}), needed a folder of PNG files or an .npz with "
             f"{ARRAY_NAME}. Fix: check the path, or write one with hqdit sample --npz"
@@ -104,11 +106,12 @@ def _read_folder(folder: Path) -> Pixels:
 
 def _read_png(file: Path) -> Pixels:
     try:
+        require_regular(file)
         with Image.open(file, formats=("PNG",)) as image:
             if image.mode not in ("L", "RGB"):
                 raise ValueError(f"mode {image.mode}")
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # likewise
         raise CheckpointError(
             f"{file}: found an image that cannot be used ({_first_line(error)}), needed a PNG of 8-bit grey or RGB. "
             "Fix: convert it, or take it out of the folder"

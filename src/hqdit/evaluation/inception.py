@@ -16,6 +16,7 @@ from torch import Tensor
 from hqdit.errors import CheckpointError, NumericsError, UsageError
 from hqdit.evaluation.extractors import Features
 from hqdit.evaluation.inception_network import InceptionNetwork
+from hqdit.pipeline.manifest import require_regular
 
 #: Name of the extractor with the public weights; only its numbers are comparable with published ones.
 PUBLIC_NAME = "inception-2015-12-05"
@@ -62,6 +63,7 @@ class InceptionExtractor:
                 f"--sha256: found {sha256!r}, needed 64 hexadecimal digits. Fix: paste what sha256sum prints"
             )
         try:
+            require_regular(path.expanduser())
             blob = path.expanduser().read_bytes()
         except OSError as error:
             raise CheckpointError(

@@ -27,7 +27,7 @@ from torch import Tensor
 from hqdit.errors import CheckpointError, IntegrityError, NumericsError, UsageError
 from hqdit.jobs.lock import locked, require_unlocked
 from hqdit.models.weights import read_safetensors, write_safetensors
-from hqdit.pipeline.manifest import MANIFEST_NAME, require_sound, sha256_of
+from hqdit.pipeline.manifest import MANIFEST_NAME, require_regular, require_sound, sha256_of
 from hqdit.pipeline.publish import (
     flush,
     make_parents,
@@ -54,10 +54,13 @@ def job_folder(target: Path) -> Path:
 
 def has_published(target: Path) -> bool:
     """Whether `target` is what its job was about to publish: then only the end of the job is missing."""
+    note, manifest = job_folder(target) / PUBLISHING_NAME, target.expanduser() / MANIFEST_NAME
+    if not (note.is_file() and manifest.is_file()):
+        return False
     try:
-        described = json.loads((job_folder(target) / PUBLISHING_NAME).read_text(encoding="utf-8"))
-        return bool(described["manifest"] == sha256_of(target.expanduser() / MANIFEST_NAME))
-    except (OSError, ValueError, LookupError, TypeError):
+        described = json.loads(note.read_text(encoding="utf-8"))
+        return bool(described["manifest"] == sha256_of(manifest))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 
@@ -247,9 +250,10 @@ def _require_same(folder: Path, now: dict[str, Any]) -> None:
     """Raise `UsageError` with a table unless the job that was begun is the one that is asked for now."""
     where = folder / DESCRIPTION_NAME
     try:
+        require_regular(where)
         then = json.loads(where.read_text(encoding="utf-8"))
         names = sorted(then.keys() | now.keys())
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{where}: found a job that cannot be read ({error}), needed the one that hqdit wrote. Fix: --overwrite "
             "discards it"

@@ -50,7 +50,8 @@ def locked(target: Path, command: str) -> Iterator[None]:
 def require_unlocked(target: Path) -> None:
     """Raise `LockedError` if another process holds the lock of `target`, an absolute path; takes nothing."""
     try:
-        descriptor = os.open(lock_path(target), os.O_RDONLY | os.O_CLOEXEC)
+        # Without waiting, should a pipe lie there.
+        descriptor = os.open(lock_path(target), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return
     try:

@@ -48,6 +48,9 @@ _LARGEST_SIZES = {
     **dict.fromkeys(("num_attention_heads", "attention_head_dim", "sample_size", "patch_size"), 10_000),
     **dict.fromkeys(("in_channels", "out_channels"), 10_000),
 }
+#: Numbers in the table of positions, which is computed when the model is built: 16 times that of DiT-XL/2 on images of
+#: 1024 x 1024 pixels.
+_LARGEST_POSITION_TABLE = 2**28
 
 
 @dataclass(frozen=True)
@@ -172,13 +175,7 @@ def build_skeleton(folder: ModelFolder, is_empty: bool = False) -> nn.Module:
             f"{where}: found the unknown keys {', '.join(unknown)}, needed only those of {model_class.__name__}. "
             "Fix: remove them or upgrade diffusers"
         )
-    for key, largest in _LARGEST_SIZES.items():
-        size = config.get(key)
-        if isinstance(size, int) and not 1 <= size <= largest:
-            raise CheckpointError(
-                f"{where}: found {key} {size}, needed a number from 1 to {largest}. Fix: get the file again or correct "
-                "it"
-            )
+    _require_sizes(config, where)
     settings = {key: value for key, value in config.items() if key in known}
     try:
         with init_empty_weights(include_buffers=False) if is_empty else nullcontext():
@@ -190,6 +187,26 @@ def build_skeleton(folder: ModelFolder, is_empty: bool = False) -> nn.Module:
         ) from error
     set_time_frequencies(model, config, where)
     return model.eval()
+
+
+def _require_sizes(config: Mapping[str, Any], where: Path) -> None:
+    """Raise `CheckpointError` for sizes that no model has, before anything of that size is made."""
+    for key, largest in _LARGEST_SIZES.items():
+        size = config.get(key)
+        if isinstance(size, float) or (isinstance(size, int) and not 1 <= size <= largest):
+            raise CheckpointError(
+                f"{where}: found {key} {size}, needed a whole number from 1 to {largest}. Fix: get the file again or "
+                "correct it"
+            )
+    sides = [config.get(key) for key in ("sample_size", "patch_size", "num_attention_heads", "attention_head_dim")]
+    if all(isinstance(side, int) for side in sides):
+        sample, patch, heads, head_dim = cast("list[int]", sides)
+        positions, width = (sample // patch) ** 2, heads * head_dim
+        if positions * width > _LARGEST_POSITION_TABLE:
+            raise CheckpointError(
+                f"{where}: found {positions:,} positions of width {width:,}, needed a table of positions of at most "
+                f"{_LARGEST_POSITION_TABLE:,} numbers. Fix: get the file again or correct it"
+            )
 
 
 def _transformer_class(config: dict[str, Any], where: Path) -> type[nn.Module]:

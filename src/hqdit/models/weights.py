@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -34,6 +35,8 @@ _OTHER_FILES = (
     (b"PK\x03\x04", "a zip archive or torch .pt file", "convert it with safetensors.torch.save_file"),
 )
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+#: More than any tensor here has; a product over millions of them would take hours.
+_MAX_DIMENSIONS = 64
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _BITS |= {"F8_E4M3": 8, "F8_E5M2": 8}
 
@@ -63,8 +66,31 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def check_safetensors(path: Path) -> None:
-    """Look at magic, header and length before anything is allocated.
+@dataclass(frozen=True)
+class TensorFacts:
+    """What a header says of one tensor.
+
+    Attributes:
+        dtype: in the format's own spelling, such as "F32".
+        shape: of the tensor.
+        bytes: that it takes in the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def numbers(self) -> int:
+        """How many there are in it."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, TensorFacts]:
+    """The tensors of a safetensors file by name, without a look at their numbers.
+
+    Magic, header and length are checked before anything is allocated; that no two tensors overlap is left to the
+    reader of the numbers.
 
     Raises:
         CheckpointError: not a regular file, a Git-LFS pointer, a pickle or zip, an HTML page, a broken header, or
@@ -98,12 +124,7 @@ def check_safetensors(path: Path) -> None:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_names)
         end = max([0, *(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")])
-        for name, entry in header.items():
-            if name == "__metadata__" or entry["dtype"] not in _BITS:
-                continue
-            begin, stop = entry["data_offsets"]
-            if (stop - begin) * 8 != math.prod(entry["shape"]) * _BITS[entry["dtype"]]:
-                raise ValueError(f"tensor {name!r} does not fill its byte range")
+        tensors = {name: _tensor_facts(name, entry) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: found a header that cannot be read ({error}), needed a safetensors header. "
@@ -114,6 +135,19 @@ def check_safetensors(path: Path) -> None:
             f"{path}: found {size} bytes, needed {8 + length + end} according to its header. "
             "Fix: the file is truncated or has trailing bytes; download or copy it again"
         )
+    return tensors
+
+
+def _tensor_facts(name: str, entry: dict[str, Any]) -> TensorFacts:
+    """An entry of a header; whatever is wrong with it raises one of the errors that `read_header` catches."""
+    begin, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if len(shape) > _MAX_DIMENSIONS or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"tensor {name!r} has no shape that a tensor can have")
+    facts = TensorFacts(str(entry["dtype"]), shape, stop - begin)
+    if facts.dtype in _BITS and facts.bytes * 8 != facts.numbers * _BITS[facts.dtype]:
+        raise ValueError(f"tensor {name!r} does not fill its byte range")
+    return facts
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -144,9 +178,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one file, on the CPU.
 
     Raises:
-        CheckpointError: see `check_safetensors`.
+        CheckpointError: see `read_header`, or tensors that overlap or leave holes.
     """
-    check_safetensors(path)
+    read_header(path)
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -209,6 +243,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def locate_weights(folder: Path) -> dict[str, Path]:
     """The file of every tensor of a model folder; no number is read. Raises as `read_weights`."""
     return {name: path for path, tensors in _weights_by_file(folder).items() for name in tensors}
+
+
+def stored_tensor_facts(folder: Path) -> dict[str, TensorFacts]:
+    """Every tensor of a model folder by name, from the headers of its files alone.
+
+    Raises:
+        CheckpointError: a file whose header `read_header` refuses.
+    """
+    return {name: facts for path in weight_files(folder) for name, facts in read_header(path).items()}
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

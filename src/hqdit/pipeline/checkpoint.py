@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from hqdit.models.weights import (
 )
 from hqdit.numerics.codes import unpack_codes
 from hqdit.pipeline.description import describe, place_empty_layers, read_description
-from hqdit.pipeline.publish import publish_folder, require_free
+from hqdit.pipeline.publish import copy_tree, publish_folder, require_copyable, require_free
 from hqdit.pipeline.record import QuantizationRecord
 
 
@@ -57,6 +56,8 @@ def save(
     folder = source if isinstance(source, ModelFolder) or source is None else find_model(source)
     target = Path(out)
     require_free(target, overwrite, *([folder.root] if folder else []))
+    for path in beside_transformer(folder) if folder else []:
+        require_copyable(path)
     config = _model_config(model)
     if record is not None:
         everything = stored_tensors(model, dtypes)
@@ -69,13 +70,18 @@ def save(
         inner = staged
         if folder is not None and folder.is_pipeline:
             inner = staged / "transformer"
-            for path in sorted(folder.root.iterdir()):
-                if path.name != "transformer":
-                    copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                    copy(path, staged / path.name)
+            for path in beside_transformer(folder):
+                copy_tree(path, staged / path.name)
         inner.mkdir(exist_ok=True)
         write_safetensors(tensors, inner / WEIGHTS_NAME)
         (inner / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def beside_transformer(folder: ModelFolder) -> list[Path]:
+    """What a pipeline folder holds beside its transformer, sorted: what `save` copies."""
+    if not folder.is_pipeline:
+        return []
+    return sorted(path for path in folder.root.iterdir() if path.name != "transformer")
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _of_this_version(found: object, where: Path | str) -> dict[str, Any]:
             "Fix: load it with the library that made it"
         )
     version = found.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
             f"{where}: found format version {version!r}, needed {FORMAT_VERSION}, the one that hqdit "
             f"{hqdit.__version__} reads. Fix: upgrade hqdit, or quantize the model again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -48,6 +49,15 @@ class ManifestDifferences:
     def is_sound(self) -> bool:
         """Whether there are none."""
         return not (self.missing or self.extra or self.changed)
+
+
+def require_regular(path: Path) -> None:
+    """Raise `OSError` for a pipe, a device or a folder: reading one of the first two might never end.
+
+    What does not exist is left to whoever opens it.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def sha256_of(path: Path) -> str:
@@ -98,6 +108,7 @@ def read_manifest(folder: Path) -> dict[str, FileFacts]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: found no such folder, needed one that hqdit wrote. Fix: check the path")
     try:
+        require_regular(path)
         content = path.read_bytes()
     except OSError as error:
         raise IntegrityError(

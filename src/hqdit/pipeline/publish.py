@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hqdit.errors import UsageError
+from hqdit.errors import CheckpointError, UsageError
 from hqdit.pipeline.manifest import write_manifest
 
 TEMPORARY_PREFIX = ".hqdit-tmp-"
@@ -142,6 +142,39 @@ def publish_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
         remove_empty(created)
         raise
+
+
+def require_copyable(source: Path) -> None:
+    """Look at everything that `copy_tree` would copy.
+
+    Raises:
+        CheckpointError: a link that leads nowhere or to a folder around it, a pipe, a device or a socket.
+    """
+    is_folder = source.is_dir()
+    around = source.parent.resolve()
+    is_around_itself = is_folder and source.is_symlink() and source.resolve() in (around, *around.parents)
+    if is_around_itself or not (is_folder or source.is_file()):
+        raise CheckpointError(
+            f"{source}: found something that is neither a file nor a folder, or a link in a circle, needed what can be "
+            "copied. Fix: take it out of the model's folder"
+        )
+    if is_folder:
+        for path in sorted(source.iterdir()):
+            require_copyable(path)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a file, or a folder with everything in it; links are followed. `target` must not exist.
+
+    Unlike shutil's, it raises the system's own error, such as that of a full disk; what `require_copyable` refuses
+    must not be in it.
+    """
+    if source.is_dir():
+        target.mkdir()
+        for path in sorted(source.iterdir()):
+            copy_tree(path, target / path.name)
+    else:
+        shutil.copyfile(source, target)
 
 
 def move_into_place(staged: Path, target: Path, overwrite: bool) -> None:

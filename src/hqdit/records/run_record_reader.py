@@ -36,7 +36,7 @@ def read_run_records(path: Path) -> list[tuple[Path, RunRecord]]:
         CheckpointError: no such folder, no record in it, or a broken one.
     """
     own = [path] if (path / RECORD_NAME).is_file() else []
-    folders = own or sorted(entry.parent for entry in path.glob(f"*/{RECORD_NAME}"))
+    folders = own or sorted(entry.parent for entry in path.glob(f"*/{RECORD_NAME}") if entry.is_file())
     if not folders:
         raise CheckpointError(
             f"{path}: found no {RECORD_NAME} in it or in a folder of it, needed the output of hqdit reproduce or "

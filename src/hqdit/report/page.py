@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from hqdit.errors import CheckpointError
+from hqdit.pipeline.manifest import require_regular
 from hqdit.records.run_record import Column, ImageGrid, Interval, RunRecord, Table
 from hqdit.report.cells import EXACT, MISSING, cell_text, header_text, visible_text
 from hqdit.report.charts import draw, is_wide
@@ -171,6 +172,7 @@ def _image(folder: Path, grid: ImageGrid) -> _Picture:
             f"{where}: found an image outside its record's folder, needed one beside the record. Fix: run it again"
         )
     try:
+        require_regular(path)
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
