@@ -125,6 +125,28 @@ def probes(grid: Grid) -> list[float]:
     return points + near + far + [0.0, -0.0, math.inf, -math.inf]
 
 
+# Scales of 8 bits
+
+
+def short_numbers(x: npt.ArrayLike) -> Array:
+    """The positive E4M3 number nearest to each x > 0, never 0: by distances to all numbers, ties to the even code."""
+    levels = nearest_levels(np.asarray(x, dtype=np.float64) * 512, GRIDS["e4m3"])  # in units of the smallest, 2^-9
+    return np.maximum(levels, 1) / 512
+
+
+def token_scales(scale: npt.NDArray[np.float32]) -> Array:
+    """Scales (tokens, groups) relative to a power of two of each token, of which the largest is 128 to 256 units."""
+    rows = []
+    for row in scale.astype(np.float64):
+        unit = 2.0 ** (math.floor(math.log2(row.max())) - 7)
+        while row.max() >= 256 * unit:  # log2 may round up or down next to a power of two
+            unit *= 2
+        while row.max() < 128 * unit:
+            unit /= 2
+        rows.append(short_numbers(row / unit) * unit)
+    return np.array(rows).reshape(scale.shape)
+
+
 # Hadamard matrices
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -14,6 +15,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, FluxT
 from hqdit.calibration.recording import RecordedCalls
 from hqdit.calibration.samples import CalibrationSet
 from hqdit.kernels.selection import BACKENDS
+from hqdit.models.adapter import adapter_for
+from hqdit.numerics.codes import unpack_codes
+from hqdit.pipeline.checkpoint import quantized_layers
+from hqdit.quantizers.quantized_tensor import QuantizedTensor, storable_scales
 from hqdit.sampling.sampler import SamplingConfig
 
 CLASSES = 5
@@ -100,6 +105,28 @@ def calibration(samples: int = 48, seed: int = 0) -> CalibrationSet:
 def random_calibration(model: Any, samples: int = 32) -> CalibrationSet:
     """Calibration tuples for any geometry, without sampling."""
     return CalibrationSet(**inputs_of(model, samples))
+
+
+def with_short_scales(model: Any, **activation: Any) -> Any:
+    """A model quantized with groups on both sides, changed in place: its scales are kept in 8 bits.
+
+    Args:
+        model: as `hqdit.pipeline.quantize.quantize` returned it.
+        activation: more changes of every layer's `ActivationSpec`.
+    """
+    for name, layer in quantized_layers(model).items():
+        spec = dataclasses.replace(
+            layer.spec,
+            weight=dataclasses.replace(layer.spec.weight, scale_format="e4m3"),
+            activation=dataclasses.replace(layer.spec.activation, scale_format="e4m3", **activation),
+        )
+        codes = unpack_codes(layer.qweight, spec.weight.formats[0])
+        scale = storable_scales(layer.weight_scale, spec.weight)
+        weight = QuantizedTensor(codes, scale, layer.format_index, spec.weight)
+        short = type(layer).from_quantized(spec, weight, layer.bias, layer.signs, input_scale=layer.input_scale)
+        model.set_submodule(name, short.eval())
+    adapter_for(model).fuse(model)
+    return model
 
 
 def save_pipeline(folder: Path, model: Any, scheduler: Any | None = None, vae: Any | None = None) -> Path:

@@ -188,17 +188,11 @@ inline GroupMeasure MeasureScaled(const float* row, int64_t size) {
   return measure;
 }
 
-// Stores a group's scale and its reciprocal; false if a number of the group is not finite.
+// Stores a group's scale; false if it or a number of the group is not finite.
 template <Measure kMeasure>
-inline bool FinishGroup(const RotateQuantizeArgs& args, const Scratch& scratch, const GroupMeasure& measure,
-                        int64_t begin, float* scale) {
+inline bool FinishGroup(const RotateQuantizeArgs& args, const GroupMeasure& measure, float* scale) {
   *scale = ScaleOf<kMeasure>(args, measure);
-  if (scratch.inverses != nullptr) {
-    // What a group writes beyond its end, the next one overwrites.
-    const Float16Lanes inverse = 1.0f / *scale * scratch.levels->inverse_factor;
-    for (int64_t at = 0; at < args.group_size; at += kLanes) Store(scratch.inverses + begin + at, inverse);
-  }
-  return HorizontalMax(measure.magnitude) < kInfinityBits;
+  return HorizontalMax(measure.magnitude) < kInfinityBits && *scale < __builtin_inff();
 }
 
 // From numbers before scaling to the scaled row and the scales of all groups, each of whole vectors or the only one.
@@ -211,7 +205,7 @@ inline bool FinishWholeGroups(const RotateQuantizeArgs& args, const Scratch& scr
   bool is_finite = true;
   for (int64_t begin = 0; begin < width; begin += size) {
     const GroupMeasure measure = ScaleAndMeasure<kMeasure>(numbers, scaling, begin, size, scratch.row);
-    is_finite &= FinishGroup<kMeasure>(args, scratch, measure, begin, scales++);
+    is_finite &= FinishGroup<kMeasure>(args, measure, scales++);
   }
   return is_finite;
 }
@@ -225,9 +219,48 @@ inline bool FinishRow(const RotateQuantizeArgs& args, const Scratch& scratch, fl
   bool is_finite = true;
   for (int64_t begin = 0; begin < args.width; begin += args.group_size) {
     const GroupMeasure measure = MeasureScaled<kMeasure>(scratch.row + begin, args.group_size);
-    is_finite &= FinishGroup<kMeasure>(args, scratch, measure, begin, scales++);
+    is_finite &= FinishGroup<kMeasure>(args, measure, scales++);
   }
   return is_finite;
+}
+
+// Rounds the scales of a token, which are positive and normal, to 8 bits; false if one becomes infinite.
+inline bool RoundScales(int64_t groups, float* scales) {
+  // Exponent fields of float32 are moved so that that of the largest scale is kOne: it then lies in 1 .. 2, and the
+  // numbers of E4M3 are multiples of 1/8 of a power of two from kSmallestNormal up, and of 1/8 of that one below.
+  constexpr int32_t kField = 1 << 23, kOne = 127 * kField;
+  constexpr int32_t kSmallestNormal = kOne - 13 * kField, kSmallest = kOne - 16 * kField;
+  // Far below half of the smallest, where it does not matter how far.
+  constexpr int32_t kFloor = kOne - 20 * kField;
+  const auto bits_at = [&](int64_t at, int count) HQDIT_INLINE_LAMBDA {
+    return BitsOf(Float32Source{scales}(at, count));
+  };
+  Int16Lanes largest = 0;
+  ForEachVector(groups, [&](int64_t at, int count) HQDIT_INLINE_LAMBDA {
+    largest = Max(largest, bits_at(at, count));
+  });
+  const Int16Lanes shift = (HorizontalMax(largest) & kInfinityBits) - kOne;
+  Int16Lanes largest_rounded = 0;
+  ForEachVector(groups, [&](int64_t at, int count) HQDIT_INLINE_LAMBDA {
+    const Int16Lanes bits = Max(bits_at(at, count) - shift, Int16Lanes(kFloor));
+    // Adding 2^20 of the last power of two leaves three bits of mantissa below it.
+    const Int16Lanes power = Max(bits & Int16Lanes(kInfinityBits), Int16Lanes(kSmallestNormal));
+    const Float16Lanes rounder = FloatFromBits(power + Int16Lanes(20 * kField));
+    const Float16Lanes rounded = (FloatFromBits(bits) + rounder) - rounder;
+    const Int16Lanes moved_back = Max(BitsOf(rounded), Int16Lanes(kSmallest)) + shift;
+    largest_rounded = Max(largest_rounded, moved_back);
+    StorePartial(scales + at, FloatFromBits(moved_back), count);
+  });
+  return HorizontalMax(largest_rounded) < kInfinityBits;
+}
+
+// The reciprocal of each number's scale, where groups have their own.
+inline void SpreadInverses(const RotateQuantizeArgs& args, const Scratch& scratch, const float* scales) {
+  for (int64_t begin = 0; begin < args.width; begin += args.group_size) {
+    // What a group writes beyond its end, the next one overwrites.
+    const Float16Lanes inverse = 1.0f / *scales++ * scratch.levels->inverse_factor;
+    for (int64_t at = 0; at < args.group_size; at += kLanes) Store(scratch.inverses + begin + at, inverse);
+  }
 }
 
 HQDIT_INLINE Measure MeasureOf(const RotateQuantizeArgs& args) {
@@ -245,7 +278,8 @@ HQDIT_INLINE bool IsBlockwise(const RotateQuantizeArgs& args) {
          MeasureOf(args) == Measure::kMagnitude;
 }
 
-// Steps 1 to 5 of a token: the scaled row, the scales and their reciprocals; false if a number is not finite.
+// Steps 1 to 5 of a token, but for the rounding of scales: the scaled row and the scales; false if a number of either
+// is not finite.
 struct ScaleToken {
   const RotateQuantizeArgs& args;
   const Scratch& scratch;
@@ -274,11 +308,12 @@ struct ScaleToken {
 };
 
 // Step 6.
-inline void RoundToken(const RotateQuantizeArgs& args, const Scratch& scratch, float first_scale, uint8_t* levels) {
+inline void RoundToken(const RotateQuantizeArgs& args, const Scratch& scratch, const float* scales, uint8_t* levels) {
   if (scratch.inverses != nullptr) {
+    SpreadInverses(args, scratch, scales);
     return RoundRow(*scratch.levels, scratch.row, args.width, RowOfInverses{scratch.inverses}, levels);
   }
-  const OneInverse inverse = {1.0f / first_scale * scratch.levels->inverse_factor};
+  const OneInverse inverse = {1.0f / scales[0] * scratch.levels->inverse_factor};
   if (scratch.tiled_levels == nullptr) return RoundRow(*scratch.levels, scratch.row, args.width, inverse, levels);
   RoundRow(*scratch.levels, scratch.row, TiledWidth(args), inverse, scratch.tiled_levels);
   UntileBytes(scratch.tiled_levels, args.width / args.paley, args.paley, levels);
@@ -289,8 +324,9 @@ inline void QuantizeToken(const RotateQuantizeArgs& args, const Scratch& scratch
   float* scales = args.scale + token * groups;
   uint8_t* levels = static_cast<uint8_t*>(args.levels) + token * args.levels_stride;
   const ChannelSteps steps = {args.input_shift, args.input_scale, scratch.signs};
-  if (WithToken(args, token, steps, ScaleToken{args, scratch, scales})) {
-    return RoundToken(args, scratch, scales[0], levels);
+  if (WithToken(args, token, steps, ScaleToken{args, scratch, scales}) &&
+      (!args.round_scales || RoundScales(groups, scales))) {
+    return RoundToken(args, scratch, scales, levels);
   }
   // The token is bad as a whole: its other groups must not look sound.
   for (int64_t group = 0; group < groups; ++group) scales[group] = __builtin_nanf("");

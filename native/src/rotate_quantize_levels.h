@@ -107,13 +107,15 @@ inline bool PrepareQuarterBytes(int32_t first, int32_t last, LevelPlan* plan) {
   return true;
 }
 
-// Absmax scales of two-sided formats leave |y| <= top up to rounding, so that clamping is needless; and doubling can
-// be left to the inverse, unless y against 0 decides: y may underflow where 2 y does not.
+// Absmax scales of two-sided formats that are not rounded to 8 bits leave |y| <= top up to rounding, so that clamping is
+// needless; and doubling can be left to the inverse, unless y against 0 decides: y may underflow where 2 y does not.
 inline bool PrepareBoundedQuarterBytes(const RotateQuantizeArgs& args, LevelPlan* plan) {
-  if (args.rule != ScaleRule::kAbsmax || plan->lowest >= 0) return false;
+  if (args.rule != ScaleRule::kAbsmax || args.round_scales || plan->lowest >= 0) return false;
   for (int64_t i = 0; i < args.rungs - 1; ++i) {
     if (args.thresholds[i] >= 0 && args.thresholds[i] < 0.5f) return false;
   }
+  constexpr float kMostTop = kShuffleEntries / 4;
+  if (!(args.top < kMostTop)) return false;
   const int32_t farthest = 4 * int32_t(args.top) + 2;
   return float(int32_t(args.top)) == args.top && PrepareQuarterBytes(-farthest, farthest, plan);
 }

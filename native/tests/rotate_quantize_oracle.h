@@ -22,6 +22,8 @@ namespace hqdit_test {
 // The numbers before rounding, as the kernel computes them. Numbers below the smallest scale show as 0.
 inline std::vector<float> RotatedByKernel(Problem problem, const Kernel& kernel) {
   problem.rule = ScaleRule::kAbsmax;
+  problem.scale_factor = 1;
+  problem.round_scales = false;
   problem.group_size = 1;
   problem.format = IntegerFormat("sign", -1, 1);
   const Result result = Run(problem, kernel);
@@ -156,7 +158,7 @@ inline float ExpectedAbsmaxScale(const Problem& problem, const float* y) {
   for (int64_t i = 0; i < problem.group_size; ++i) {
     largest = std::max(largest, problem.format.levels[0] >= 0 ? y[i] : std::fabs(y[i]));
   }
-  return std::max(largest / static_cast<float>(problem.format.levels.back()), kSmallestScale);
+  return std::max(largest / problem.top(), kSmallestScale);
 }
 
 inline void CheckScale(const Problem& problem, const float* y, float scale) {
@@ -170,6 +172,46 @@ inline void CheckScale(const Problem& problem, const float* y, float scale) {
   CHECK(std::fabs(scale - want) <= (n / 16 + 10) * kRoundoff * want);
 }
 
+// The numbers of E4M3 that are not negative, by their codes: exponent bits, then three of mantissa.
+constexpr int kLargestE4M3Code = 126;
+inline double NumberOfE4M3(int code) {
+  const int exponent = code / 8, mantissa = code % 8;
+  return exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+}
+
+// The positive one that is nearest to x, by distances to all of them; ties go to the even code.
+inline double NearestE4M3(double x) {
+  int nearest = 0;
+  for (int code = 1; code <= kLargestE4M3Code; ++code) {
+    const double distance = std::fabs(NumberOfE4M3(code) - x), smallest = std::fabs(NumberOfE4M3(nearest) - x);
+    if (distance < smallest || (distance == smallest && code % 2 == 0)) nearest = code;
+  }
+  return NumberOfE4M3(std::max(nearest, 1));
+}
+
+// The scales of a token in 8 bits; NaN for all of them where one is beyond float32.
+inline std::vector<float> RoundedScales(const std::vector<float>& scales) {
+  int exponent = 0;
+  std::frexp(*std::max_element(scales.begin(), scales.end()), &exponent);  // the largest is below 2^exponent
+  const double unit = std::ldexp(1.0, exponent - 1 - 7);
+  std::vector<float> rounded;
+  for (float scale : scales) rounded.push_back(static_cast<float>(unit * NearestE4M3(scale / unit)));
+  const bool is_finite = std::all_of(rounded.begin(), rounded.end(), [](float scale) { return std::isfinite(scale); });
+  return is_finite ? rounded : std::vector<float>(scales.size(), kNaN);
+}
+
+// Checks rounded scales, given those before they are rounded.
+inline void CheckRoundedScales(const Problem& problem, const Result& exact, const Result& rounded) {
+  for (int64_t token = 0; token < problem.tokens; ++token) {
+    const auto begin = exact.scale.begin() + token * problem.groups();
+    const std::vector<float> scales(begin, begin + problem.groups());
+    if (std::isnan(scales[0])) continue;
+    const std::vector<float> expected = RoundedScales(scales);
+    CHECK(std::memcmp(expected.data(), &rounded.scale[static_cast<size_t>(token * problem.groups())],
+                      expected.size() * sizeof(float)) == 0);
+  }
+}
+
 // Scales from `y`, and levels by counting thresholds.
 inline void CheckLevels(const Problem& problem, const std::vector<float>& y, const Result& result) {
   for (int64_t token = 0; token < problem.tokens; ++token) {
@@ -180,7 +222,7 @@ inline void CheckLevels(const Problem& problem, const std::vector<float>& y, con
       if (!is_finite) continue;
       const int64_t begin = group * problem.group_size;
       const float* numbers = y.data() + token * problem.width + begin;
-      CheckScale(problem, numbers, scale);
+      if (!problem.round_scales) CheckScale(problem, numbers, scale);
       const float inverse = 1 / scale;
       for (int64_t i = 0; i < problem.group_size; ++i) {
         const int64_t rung = problem.format.Count(numbers[i] * inverse);
@@ -197,7 +239,15 @@ inline void CheckProblem(const Problem& problem) {
   const std::vector<float> y = RotatedByKernel(problem, kernels[0]);
   CheckRotation(problem, y);
   const Result first = Run(problem, kernels[0]);
-  CheckLevels(problem, problem.IsPlain() ? problem.x : y, first);
+  const std::vector<float>& numbers = problem.IsPlain() ? problem.x : y;
+  CheckLevels(problem, numbers, first);
+  if (problem.round_scales) {
+    Problem unrounded = problem;
+    unrounded.round_scales = false;
+    const Result exact = Run(unrounded, kernels[0]);
+    CheckLevels(unrounded, numbers, exact);
+    CheckRoundedScales(problem, exact, first);
+  }
   for (const Kernel& kernel : kernels) {
     const int workers = static_cast<int>(Uniform(1, 3));
     CHECK(Run(problem, kernel, workers) == first);

@@ -236,10 +236,13 @@ struct Problem {
   std::vector<float> mod_scale, mod_shift, input_shift, input_scale, channel_scale;
   ScaleRule rule = ScaleRule::kAbsmax;
   float rms_factor = 0.4f, static_scale = 0.3f;
+  double scale_factor = 1;  // of absmax scales
+  bool round_scales = false;
   int64_t group_size = 1;
   Format format;
 
   int64_t groups() const { return width / group_size; }
+  float top() const { return static_cast<float>(format.levels.back() / scale_factor); }
   float normalization() const { return 1 / std::sqrt(static_cast<float>(sylvester * paley)); }
   // Whether nothing happens to x before it is rounded.
   bool IsPlain() const {
@@ -335,6 +338,7 @@ inline Result Run(const Problem& problem, const Kernel& kernel, int workers = 1)
   args.normalization = problem.normalization();
   args.channel_scale = OrNull(problem.channel_scale);
   args.rule = problem.rule;
+  args.round_scales = problem.round_scales;
   args.rms_factor = problem.rms_factor;
   args.static_scale = &problem.static_scale;
   args.group_size = problem.group_size;
@@ -342,7 +346,7 @@ inline Result Run(const Problem& problem, const Kernel& kernel, int workers = 1)
   args.thresholds = problem.format.thresholds.data();
   args.rung_levels = rung_levels.data();
   args.levels_unsigned = problem.format.is_unsigned;
-  args.top = static_cast<float>(problem.format.levels.back());
+  args.top = problem.top();
   args.levels = levels.data();
   args.levels_stride = stride;
   args.scale = scale.data();
@@ -414,6 +418,8 @@ inline void Vary(Problem* problem) {
   }
   problem->rule = Pick<ScaleRule>({ScaleRule::kAbsmax, ScaleRule::kAbsmax, ScaleRule::kRms, ScaleRule::kStatic});
   if (Coin()) problem->group_size = Pick(Divisors(width));
+  problem->scale_factor = Pick<double>({1, 1, 0.75, 0.9, 6.0 / 7});
+  problem->round_scales = problem->rule != ScaleRule::kStatic && Coin();
 }
 
 }  // namespace hqdit_test

@@ -125,6 +125,82 @@ TEST(GroupsOfEverySize) {
   }
 }
 
+TEST(ScaleFactors) {
+  for (const Format& format : Formats()) {
+    for (double factor : {0.75, 0.9, 0.5, 6.0 / 7, 12.0 / 31, 1e-3, 1e-12, 3.0}) {
+      Problem problem = MakeProblem({1, 1, 1, 96}, format);
+      problem.scale_factor = factor;
+      CheckProblem(problem);
+      problem.group_size = 24;
+      CheckProblem(problem);
+    }
+  }
+}
+
+TEST(RoundedScales) {
+  for (const Format& format : Formats()) {
+    for (int64_t group_size : {1, 4, 12, 36, 64, 128, 1152}) {
+      Problem problem = MakeProblem({1, 1, 1, 1152}, format);
+      problem.group_size = group_size;
+      problem.round_scales = true;
+      // Groups of all magnitudes, and one of zeros.
+      for (size_t i = 0; i < problem.x.size(); ++i) {
+        problem.x[i] = std::ldexp(problem.x[i], -static_cast<int>(static_cast<int64_t>(i) / group_size % 24));
+        if (static_cast<int64_t>(i) / group_size == 3) problem.x[i] = 0;
+      }
+      CheckProblem(problem);
+      problem.rule = ScaleRule::kRms;
+      CheckProblem(problem);
+    }
+  }
+}
+
+// Scales that are the numbers themselves: every number and tie of E4M3 and their neighbours, next to a largest scale of
+// every kind of exponent.
+TEST(EveryNumberAndTieOfRoundedScales) {
+  for (int exponent : {-126, -125, -119, -113, -112, -111, -110, -109, -100, 0, 99, 120, 126}) {
+    for (float lead : {1.0f, 1.0625f, 1.9375f, std::nextafter(2.0f, 0.0f)}) {
+      std::vector<float> x = {std::ldexp(lead, exponent)};
+      for (int code = 0; code < kLargestE4M3Code; ++code) {
+        const double lower = NumberOfE4M3(code), tie = (lower + NumberOfE4M3(code + 1)) / 2;
+        for (double point : {lower, tie}) {
+          const float number = static_cast<float>(std::ldexp(point, exponent - 7));
+          for (float near : {number, std::nextafter(number, 0.0f), std::nextafter(number, kInfinity)}) {
+            if (near >= kSmallestScale && near <= x[0]) x.push_back(near);
+          }
+        }
+      }
+      Problem problem = MakeProblem({1, 1, 1, static_cast<int64_t>(x.size())}, IntegerFormat("sign", -1, 1));
+      problem.tokens = 1;
+      problem.group_size = 1;
+      problem.x = x;
+      problem.round_scales = true;
+      CheckProblem(problem);
+    }
+  }
+}
+
+TEST(ScalesThatOverflow) {
+  for (bool round_scales : {false, true}) {
+    Problem problem = MakeProblem({1, 1, 1, 64}, IntegerFormat("sign", -1, 1));
+    problem.group_size = 16;
+    problem.round_scales = round_scales;
+    problem.x[64 + 20] = FLT_MAX;  // rounds up to 2^128
+    for (const Kernel& kernel : Kernels()) {
+      const Result result = Run(problem, kernel);
+      for (int64_t group = 0; group < problem.groups(); ++group) {
+        CHECK(std::isnan(result.Scale(problem, 1, group)) == round_scales);
+        for (int64_t token : {0, 2}) CHECK(std::isfinite(result.Scale(problem, token, group)));
+      }
+      Problem wide = problem;
+      wide.scale_factor = 2;
+      CHECK(std::isnan(Run(wide, kernel).Scale(problem, 1, 0)));
+      wide.rule = ScaleRule::kRms;  // the square is beyond float32
+      CHECK(std::isnan(Run(wide, kernel).Scale(problem, 1, 0)));
+    }
+  }
+}
+
 TEST(ActivationsOfAllMagnitudes) {
   for (Front front : {Front::kSilu, Front::kGeluErf, Front::kGeluTanh}) {
     Problem problem = MakeProblem({1, 1, 1, 5000}, Formats()[0]);
@@ -187,6 +263,7 @@ TEST(BadNumbers) {
       Problem problem = MakeProblem(factors, format);
       problem.rule = Pick<ScaleRule>({ScaleRule::kAbsmax, ScaleRule::kRms, ScaleRule::kStatic});
       problem.group_size = Pick(Divisors(problem.width));
+      problem.round_scales = problem.rule != ScaleRule::kStatic && Coin();
       for (float bad : {kNaN, -kNaN, kInfinity, -kInfinity}) CheckBadToken(problem, bad);
       problem.front = Pick<Front>({Front::kLayerNormModulate, Front::kGeluTanh, Front::kGeluErf, Front::kSilu});
       for (float bad : {kNaN, kInfinity}) CheckBadToken(problem, bad);
@@ -217,6 +294,7 @@ TEST(Zeros) {
     const int level_of_zero = format.levels[static_cast<size_t>(format.Count(0))];
     for (float zero : {0.0f, -0.0f}) {
       std::fill(problem.x.begin(), problem.x.end(), zero);
+      problem.round_scales = Coin();
       for (const Kernel& kernel : Kernels()) {
         const Result result = Run(problem, kernel);
         for (float scale : result.scale) CHECK(scale == kSmallestScale);

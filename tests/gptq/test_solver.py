@@ -100,6 +100,7 @@ SPECS = [
     WeightSpec((TableFormat(SIGNED_TABLE),)),
     WeightSpec(FP4_FORMATS),
     WeightSpec((INT8,), "group", 8),
+    WeightSpec((E2M1,), "group", 12, scale_format="e4m3"),
 ]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import GRIDS, ONE_SIDED_TABLE, nearest_levels
+from oracles import GRIDS, ONE_SIDED_TABLE, nearest_levels, token_scales
 
 from hqdit.formats.catalog import E2M1, E4M3, format_from_json
 from hqdit.formats.number_format import TableFormat
@@ -168,6 +169,85 @@ def test_numbers_are_divided_by_the_scale(name: str, granularity: str) -> None:
         scale = unit if granularity == "tensor" else x[-1] / np.float32(levels[-1])
         assert result.scale.item() == scale
         assert result.levels[0].tolist() == nearest_levels(x / scale, grid).tolist()
+
+
+# How dynamic scales are found and kept
+
+
+@pytest.mark.parametrize(("granularity", "size"), [("token", None), ("group", 36), ("channel-token", None)])
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1 / 3, 2.0])
+@pytest.mark.parametrize("name", ["e2m1", "int4", "e4m3", "e2m3"])
+def test_absmax_times_a_factor(name: str, factor: float, granularity: str, size: int | None) -> None:
+    # One division, by the largest level over the factor as float32, so that kernels can do the same.
+    x, grid = tokens_of(), GRIDS[name]
+    spec = ActivationSpec(format_from_json(name), granularity, size, scale_factor=factor)
+    result = quantize_activation(x, spec)
+    groups = x.reshape(6, -1, size or 144).numpy()
+    scale = np.abs(groups).max(axis=2) / np.float32(max(grid.values()) / factor)
+    assert np.array_equal(result.scale.numpy(), scale)
+    assert np.array_equal(result.levels.numpy(), nearest_levels(groups / scale[:, :, None], grid).reshape(6, 144))
+    plain = np.abs(groups).max(axis=2) / max(grid.values())
+    assert np.allclose(scale, factor * plain, rtol=2.0**-22, atol=0)
+    is_largest = np.abs(groups) == np.abs(groups).max(axis=2, keepdims=True)
+    reached = np.abs(result.levels.numpy().reshape(groups.shape)[is_largest])
+    assert (reached >= max(grid.values())).all() == (factor <= 1)  # int4 has one more level below than above
+
+
+@pytest.mark.parametrize(("granularity", "size"), [("token", None), ("group", 36), ("channel-token", None)])
+@pytest.mark.parametrize("factor", [1.0, 0.28])
+def test_root_mean_square_times_a_factor(factor: float, granularity: str, size: int | None) -> None:
+    x = tokens_of()
+    spec = ActivationSpec(E2M1, granularity, size, scale_rule="rms", scale_factor=factor)
+    result = quantize_activation(x, spec)
+    groups = x.reshape(6, -1, size or 144)
+    exact = factor * groups.double().square().mean(dim=2).sqrt()
+    # Sums of n squares round n times at most; then a quotient, a root, a factor and a product.
+    assert bool(((result.scale.double() / exact - 1).abs() <= (144 / 2 + 4) * 2.0**-24).all())
+    expected = nearest_levels((groups / result.scale.unsqueeze(-1)).numpy(), GRIDS["e2m1"])
+    assert np.array_equal(result.levels.numpy(), expected.reshape(6, 144))
+    assert quantize_activation(torch.zeros(1, 144), spec).scale.unique().tolist() == [MIN_SCALE]
+
+
+@pytest.mark.parametrize("rule", ["absmax", "rms"])
+@pytest.mark.parametrize("size", [4, 16, 36, 144])
+@pytest.mark.parametrize("name", ["e2m1", "int8", "e4m3", TableFormat(ONE_SIDED_TABLE).name])
+def test_short_scales_are_rounded_before_the_levels(name: str, size: int, rule: str) -> None:
+    x, fmt = tokens_of(seed=3), format_from_json(name)
+    x[1, :size] = 0  # one group of zeros
+    x[2] = 0
+    x[3, : size // 2] *= 1e-6
+    long = ActivationSpec(fmt, "group", size, scale_rule=rule, scale_factor=0.7)
+    found, plain = quantize_activation(x, replace(long, scale_format="e4m3")), quantize_activation(x, long)
+    assert np.array_equal(found.scale.double().numpy(), token_scales(plain.scale.numpy()))
+    scaled = x.numpy() / np.repeat(found.scale.numpy(), size, axis=1)
+    assert np.array_equal(found.levels.numpy(), nearest_levels(scaled, GRIDS[name]))
+    assert found.scale[2].tolist() == [MIN_SCALE] * (144 // size)
+    if size < 144:
+        assert found.scale[1, 0] == 2.0**-16 * 2.0 ** math.floor(math.log2(float(plain.scale[1].max())))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_number_spoils_all_short_scales_of_its_token(bad: float) -> None:
+    x, spec = tokens_of(), ActivationSpec(E2M1, "group", 36, scale_format="e4m3")
+    clean = quantize_activation(x, spec)
+    x[2, 100] = bad
+    result = quantize_activation(x, spec)
+    others = [0, 1, 3, 4, 5]
+    assert bool(result.scale[2].isnan().all())
+    assert torch.equal(result.scale[others], clean.scale[others])
+    assert torch.equal(result.levels[others], clean.levels[others])
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "e4m3"])
+def test_scales_beyond_float32_spoil_the_token(scale_format: str) -> None:
+    # Squares beyond 3.4e38 have no sum; a factor of 12 leaves no room for the largest level.
+    x = torch.zeros(2, 8)
+    x[0, 0], x[1] = 1e20, 1.0
+    result = quantize_activation(x, ActivationSpec(E2M1, "group", 4, scale_rule="rms", scale_format=scale_format))
+    assert result.scale.isnan().tolist() == [[True, True], [False, False]]
+    x[0, 0] = 3e38
+    wide = ActivationSpec(E2M1, "group", 4, scale_factor=24.0, scale_format=scale_format)
+    assert quantize_activation(x, wide).scale.isnan().tolist() == [[True, True], [False, False]]
 
 
 def test_tensor_granularity_needs_its_scale() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,9 @@ def rotate_quantize_arguments() -> Arguments:
         "input_scale": floats(72),
         "channel_scale": floats(72).abs() + 1,
         "static_scale": None,
-        "rms_factor": None,
+        "scale_rule": "absmax",
+        "scale_factor": 1.0,
+        "round_scales": False,
         "group_size": 12,
         "thresholds": torch.tensor([-0.5, 0.5]),
         "rung_levels": torch.tensor([-1, 0, 1], dtype=torch.int8),
@@ -168,7 +171,14 @@ REFUSED: list[tuple[str, str, Arguments]] = [
     ("rotate_quantize", "0 modulations for 6", {"mod_scale": floats(0, 72), "mod_shift": floats(0, 72)}),
     ("rotate_quantize", "mod_shift", {"mod_shift": floats(2, 72)}),
     ("rotate_quantize", "static scale", {"static_scale": torch.ones(1)}),
-    ("rotate_quantize, static", "static scale", {"rms_factor": 1.0}),
+    ("rotate_quantize, static", "static scale", {"scale_rule": "rms"}),
+    ("rotate_quantize, static", "static scale", {"scale_factor": 0.5}),
+    ("rotate_quantize, static", "static scale", {"round_scales": True}),
+    ("rotate_quantize", "'mse'", {"scale_rule": "mse"}),
+    ("rotate_quantize", "positive factor", {"scale_factor": 0.0}),
+    ("rotate_quantize", "positive factor", {"scale_factor": -1.0}),
+    ("rotate_quantize", "positive factor", {"scale_factor": math.inf}),
+    ("rotate_quantize", "positive factor", {"scale_factor": math.nan}),
     ("rotate_quantize", "width", {"x": floats(6, 0)}),
     ("product", "float16", {"dtype": torch.float16}),
     ("product", "residual", {"dtype": torch.bfloat16}),

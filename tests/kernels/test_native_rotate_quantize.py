@@ -18,7 +18,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import F32, INSTRUCTION_SETS, bits, column_slice, each_instruction_set, needs_native, use_threads
-from oracles import GRIDS, ONE_SIDED_TABLE, SIGNED_TABLE, SKEW_TABLE, nearest_levels, probes, transform_bound
+from oracles import (
+    GRIDS,
+    ONE_SIDED_TABLE,
+    SIGNED_TABLE,
+    SKEW_TABLE,
+    nearest_levels,
+    probes,
+    token_scales,
+    transform_bound,
+)
 
 from hqdit.formats.catalog import format_from_json
 from hqdit.formats.number_format import TableFormat
@@ -36,7 +45,7 @@ from hqdit.kernels.preparation import (
 )
 from hqdit.kernels.selection import BACKENDS
 from hqdit.quantizers.scaling import MIN_SCALE
-from hqdit.quantizers.spec import ActivationSpec
+from hqdit.quantizers.spec import SCALE_FORMATS, ActivationSpec
 from hqdit.transforms.hadamard import hadamard_matrix, require_factors
 from hqdit.transforms.rotation import RotationSpec, pack_signs, plan_rotation, random_signs
 
@@ -63,10 +72,11 @@ def prepared(
     group_size: int | None = None,
     rotation: RotationSpec | None = None,
     seed: int = 0,
+    scales: dict[str, Any] | None = None,
     **more: Any,
 ) -> InputPreparation:
-    """A preparation with everything that its granularity and its rotation ask for."""
-    spec = ActivationSpec(format_from_json(fmt), granularity, group_size)
+    """A preparation with everything that its granularity and its rotation ask for; `scales` are parts of the spec."""
+    spec = ActivationSpec(format_from_json(fmt), granularity, group_size, **(scales or {}))
     assert rotation is not None
     width, rng = rotation.width, np.random.default_rng(seed)
     if spec.has_channel_scale:
@@ -113,7 +123,10 @@ def rounded(y: F32, preparation: InputPreparation) -> tuple[F32, F32]:
         scale = np.full((tokens, 1), one if static is None else static.numpy()[0], dtype=np.float32)
     else:
         largest = np.abs(groups) if min(grid.values()) < 0 else np.maximum(groups, 0)
-        scale = np.maximum(largest.max(axis=2) / np.float32(max(grid.values())), np.float32(MIN_SCALE))
+        divisor = np.float32(max(grid.values()) / spec.scale_factor)
+        scale = np.maximum(largest.max(axis=2) / divisor, np.float32(MIN_SCALE))
+    if spec.has_short_scales:
+        scale = token_scales(scale).astype(np.float32)
     with np.errstate(over="ignore"):  # negative numbers over the smallest scale, in one-sided formats
         levels = nearest_levels(groups * (one / scale)[:, :, None], grid).reshape(y.shape)
     return levels.astype(np.float32), scale
@@ -142,6 +155,76 @@ def test_exact_without_a_rotation(fmt: str, granularity: str, dtype: torch.dtype
         rotation = plan_rotation("none", width, "test")
         preparation = prepared(fmt, granularity, size if granularity == "group" else None, rotation, seed)
         check_exact(x, x.float().numpy(), preparation)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.8, 1 / 3, 6 / 7, 0.01, 4.0])
+@pytest.mark.parametrize("granularity", ["token", "group", "channel-token"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_exact_with_a_scale_factor(fmt: str, granularity: str, factor: float) -> None:
+    # Factors of which the divisor is an integer, 14 for e2m1 with 6 / 7, may take the same way as a factor of 1.
+    rng = np.random.default_rng(0)
+    x = numbers(rng, 20, 144)
+    rotation, scales = plan_rotation("none", 144, "test"), {"scale_factor": factor}
+    preparation = prepared(fmt, granularity, 36 if granularity == "group" else None, rotation, scales=scales)
+    check_exact(torch.from_numpy(x), x, preparation)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.8])
+@pytest.mark.parametrize("size", [4, 12, 16, 36, 64, 576])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_exact_with_short_scales(fmt: str, size: int, factor: float) -> None:
+    rng = np.random.default_rng(size)
+    x = numbers(rng, 12, 576) * np.repeat(2.0 ** rng.uniform(-20, 1, (12, 576 // size)), size, axis=1)
+    x[0], x[1, :size], x[2, size:] = 0, 0, 0
+    x = x.astype(np.float32)
+    scales = {"scale_factor": factor, "scale_format": "e4m3"}
+    preparation = prepared(fmt, "group", size, plan_rotation("none", 576, "test"), scales=scales)
+    check_exact(torch.from_numpy(x), x, preparation)
+    assert np.array_equal(
+        quantized(torch.from_numpy(x), preparation, INSTRUCTION_SETS[-1]).scale.numpy(),
+        prepare_input(torch.from_numpy(x), preparation).scale.numpy(),
+    )
+
+
+@pytest.mark.parametrize("exponent", [-126, -113, -111, -110, -3, 0, 100, 126, 127])
+def test_every_number_and_tie_of_short_scales(exponent: int) -> None:
+    # With a factor of 12 the scale of an E2M1 group is its largest magnitude, whatever that is.
+    points = np.array([level / 512 for level in GRIDS["e4m3"].values() if level > 0])
+    points = np.sort(np.concatenate([points, points[1:] - np.diff(np.sort(points)) / 2, [2.0**-10]]))
+    unit = 2.0 ** (exponent - 7)
+    inside = points[(points < 256) & (points * unit >= MIN_SCALE)].astype(np.float64) * unit
+    near = inside.astype(np.float32)
+    every = np.concatenate([near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))])
+    every = every[(every >= np.float32(MIN_SCALE)) & (every < 2.0 ** (exponent + 1))]
+    for lead in (1.0, 1.9375 if exponent < 127 else 1.875):
+        largest = np.float32(lead * 2.0**exponent)
+        scale = np.concatenate([[largest], every[every <= largest]])
+        x = np.zeros((1, 4 * len(scale)), dtype=np.float32)
+        x[0, 1::4] = scale
+        rotation = RotationSpec("none", x.shape[1], x.shape[1])
+        preparation = prepared("e2m1", "group", 4, rotation, scales={"scale_factor": 12.0, "scale_format": "e4m3"})
+        found = quantized_everywhere(torch.from_numpy(x), preparation)
+        assert np.array_equal(found.scale.double().numpy(), token_scales(scale[None]))
+        assert torch.equal(found.scale, prepare_input(torch.from_numpy(x), preparation).scale)
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "e4m3"])
+def test_scales_beyond_float32_spoil_the_token(scale_format: str) -> None:
+    rotation = plan_rotation("none", 8, "test")
+    x = torch.zeros(2, 8)
+    x[0, 0], x[1] = 1e20, 1.0
+    for largest, scales in ((1e20, {"scale_rule": "rms"}), (3e38, {"scale_factor": 24.0})):
+        x[0, 0] = largest
+        found = quantized_everywhere(
+            x, prepared("e2m1", "group", 4, rotation, scales={**scales, "scale_format": scale_format})
+        )
+        assert found.scale.isnan().tolist() == [[True, True], [False, False]]
+    # A scale that rounds up to 2^128.
+    x[0, 0] = 3.4e38
+    found = quantized_everywhere(
+        x, prepared("e2m1", "group", 4, rotation, scales={"scale_factor": 12.0, "scale_format": scale_format})
+    )
+    assert found.scale.isnan().tolist() == [[scale_format == "e4m3"] * 2, [False] * 2]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -204,6 +287,8 @@ def test_rotation_of_integers_is_exact(rotation: str, width: int, head_dim: int 
         preparation = prepared("e2m3", granularity, rotation=spec, seed=seed)
         y = rotated_integers(x, spec, random_signs(width, seed, "native"))
         check_exact(torch.from_numpy(x), y, preparation)
+    preparation = prepared("e2m1", "group", spec.block, spec, scales={"scale_factor": 0.9, "scale_format": "e4m3"})
+    check_exact(torch.from_numpy(x), rotated_integers(x, spec, random_signs(width, 0, "native")), preparation)
 
 
 @given(
@@ -214,6 +299,8 @@ def test_rotation_of_integers_is_exact(rotation: str, width: int, head_dim: int 
     st.sampled_from(["token", "group", "tensor", "channel", "channel-token"]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    st.sampled_from([1.0, 0.75]),
+    st.sampled_from(SCALE_FORMATS),
     st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=200)
@@ -225,12 +312,16 @@ def test_any_shape_and_stride(
     granularity: str,
     dtype: torch.dtype,
     padding: tuple[int, int],
+    factor: float,
+    scale_format: str,
     seed: int,
 ) -> None:
     rng, width = np.random.default_rng(seed), size * groups
     dense = torch.from_numpy(numbers(rng, tokens, width)).to(dtype)
     rotation = RotationSpec("none", width, width)
-    preparation = prepared(fmt, granularity, size if granularity == "group" else None, rotation, seed)
+    scales: dict[str, Any] = {} if granularity in ("tensor", "channel") else {"scale_factor": factor}
+    scales |= {"scale_format": scale_format} if granularity == "group" else {}
+    preparation = prepared(fmt, granularity, size if granularity == "group" else None, rotation, seed, scales)
     wide = torch.full((tokens, padding[0] + width + padding[1]), torch.nan, dtype=dtype)
     view = wide[:, padding[0] : padding[0] + width]
     view.copy_(dense)
@@ -251,8 +342,9 @@ def test_any_ladder(rungs: int, dtype: torch.dtype) -> None:
     for isa in INSTRUCTION_SETS:
         with native_library.use_instruction_set(isa):
             levels, _ = native_ops.rotate_quantize(
-                torch.from_numpy(x), None, 1, 1, None, 1, 1.0, None, None, None, torch.tensor([scale]), None, 129,
-                torch.from_numpy(thresholds), torch.from_numpy(ladder).to(dtype), None, None, None, 0.0,
+                torch.from_numpy(x), None, 1, 1, None, 1, 1.0, None, None, None, torch.tensor([scale]),
+                "absmax", 1.0, False, 129, torch.from_numpy(thresholds), torch.from_numpy(ladder).to(dtype), None, None,
+                None, 0.0,
             )  # fmt: skip
         assert levels.dtype == dtype
         assert np.array_equal(levels.numpy(), ladder[index]), isa
@@ -261,7 +353,8 @@ def test_any_ladder(rungs: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("granularity", "size"), [("token", None), ("group", 24)])
 def test_rms_scale(granularity: str, size: int | None) -> None:
     x = torch.from_numpy(numbers(np.random.default_rng(4), 50, 120))
-    preparation = prepared("e2m1", granularity, size, plan_rotation("none", 120, "test"), rms_factor=0.3)
+    scales = {"scale_rule": "rms", "scale_factor": 0.3}
+    preparation = prepared("e2m1", granularity, size, plan_rotation("none", 120, "test"), scales=scales)
     found = quantized_everywhere(x, preparation)
     exact = 0.3 * x.double().reshape(50, -1, size or 120).square().mean(dim=2).sqrt()
     # The sum of n squares rounds n times at most, each square once; then a quotient, a root and a product.
@@ -269,6 +362,13 @@ def test_rms_scale(granularity: str, size: int | None) -> None:
     assert bool(((found.scale.double() - exact).abs() <= allowed * exact).all())
     reciprocal = np.repeat(np.float32(1) / found.scale.numpy(), size or 120, axis=1)
     assert np.array_equal(found.levels.numpy(), nearest_levels(x.numpy() * reciprocal, GRIDS["e2m1"]))
+    if size is not None:
+        short = prepared("e2m1", granularity, size, preparation.rotation, scales={**scales, "scale_format": "e4m3"})
+        rounded_scale = token_scales(found.scale.numpy())
+        found = quantized_everywhere(x, short)
+        assert np.array_equal(found.scale.double().numpy(), rounded_scale)
+        reciprocal = np.repeat(np.float32(1) / found.scale.numpy(), size, axis=1)
+        assert np.array_equal(found.levels.numpy(), nearest_levels(x.numpy() * reciprocal, GRIDS["e2m1"]))
 
 
 # Against the definition
@@ -284,11 +384,11 @@ class Configuration:
     front: str
     dtype: torch.dtype
     is_shifted: bool
-    rms_factor: float | None
+    scales: dict[str, Any]
 
     def __str__(self) -> str:
         name, width, head_dim = self.rotation
-        extras = ("shifted " if self.is_shifted else "") + ("rms " if self.rms_factor else "")
+        extras = ("shifted " if self.is_shifted else "") + "".join(f"{value} " for value in self.scales.values())
         where = f"{name}-{width}" + (f"-heads of {head_dim}" if head_dim else "")
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{where} {self.fmt[:12]} {self.granularity} {self.front} {extras}{dtype}"
@@ -302,9 +402,15 @@ def configurations() -> list[Configuration]:
         granularity = GRANULARITIES[turn % 5]
         # Without a rotation and a front there are many exact ties, which the tests above are about.
         front = fronts[(turn // 5 + turn) % (4 if rotation[0] == "none" else 5)]
-        factor = 0.25 if granularity in ("token", "group") and turn % 3 == 0 else None
+        scales: dict[str, Any] = {}
+        if granularity in ("token", "group") and turn % 3 == 0:
+            scales = {"scale_rule": "rms", "scale_factor": 0.25}
+        elif granularity not in ("tensor", "channel") and turn % 3 == 1:
+            scales = {"scale_factor": 0.8}
+        if granularity == "group" and turn % 2 == 0:
+            scales["scale_format"] = "e4m3"
         dtype = torch.bfloat16 if turn % 4 == 1 else torch.float32
-        found.append(Configuration(rotation, fmt, granularity, front, dtype, turn % 7 == 3, factor))
+        found.append(Configuration(rotation, fmt, granularity, front, dtype, turn % 7 == 3, scales))
     return found
 
 
@@ -328,7 +434,7 @@ def test_levels_are_those_of_the_definition_up_to_rare_neighbours(config: Config
         vectors["input_shift"] = torch.from_numpy(rng.standard_normal(width).astype(np.float32) / 4)
         vectors["input_scale"] = torch.from_numpy(np.exp(rng.standard_normal(width) / 2).astype(np.float32))
     size = 36 if config.granularity == "group" else None
-    preparation = prepared(config.fmt, config.granularity, size, rotation, rms_factor=config.rms_factor, **vectors)
+    preparation = prepared(config.fmt, config.granularity, size, rotation, scales=config.scales, **vectors)
     x = torch.from_numpy(rng.standard_normal((tokens, width), dtype=np.float32)).to(config.dtype)
     x[:, :: width // 8] *= 10  # outliers, for which the rotation is there
     front = front_of(config.front, rng, 4, width)
@@ -338,10 +444,18 @@ def test_levels_are_those_of_the_definition_up_to_rare_neighbours(config: Config
     ladder = torch.tensor(sorted(set(GRIDS[config.fmt].values())))
     rungs = [torch.bucketize(result.levels.int(), ladder) for result in (found, defined)]
     apart = (rungs[0] - rungs[1]).abs()
+    if preparation.activation.has_short_scales:
+        # A scale next to a tie may go to its neighbour, and all levels of its group with it.
+        is_other = found.scale != defined.scale
+        assert int(is_other.sum()) <= 1e-4 * is_other.numel()
+        assert bool(((found.scale / defined.scale - 1).abs() <= 2.0**-3 + 2.0**-20).all())
+        assert size is not None
+        apart = apart.masked_fill(is_other.repeat_interleave(size, dim=1), 0)
     assert int(apart.max()) <= 1, "a level is no neighbour of the definition's"
     assert int((apart > 0).sum()) <= 1e-4 * apart.numel()
     if config.granularity in ("tensor", "channel"):
         assert torch.equal(found.scale, defined.scale)
+    if config.granularity in ("tensor", "channel") or preparation.activation.has_short_scales:
         return
     difference = (found.scale.double() - defined.scale.double()).abs()
     assert bool((difference <= scale_bound(x, preparation, front).unsqueeze(1)).all())
@@ -362,8 +476,9 @@ def scale_bound(x: torch.Tensor, preparation: InputPreparation, front: Front) ->
         factors = require_factors(rotation.heads if rotation.is_folded else rotation.block, "test")
         relative += 2 * transform_bound([factors.sylvester], factors.paley)
     smallest = 1.0 if preparation.channel_scale is None else float(preparation.channel_scale.min())
-    top = max(GRIDS[preparation.activation.format.name].values()) if preparation.rms_factor is None else 1
-    return relative * y.double().norm(dim=1) / smallest / top
+    spec = preparation.activation
+    divisor = max(GRIDS[spec.format.name].values()) if spec.scale_rule == "absmax" else 1
+    return relative * y.double().norm(dim=1) / smallest / divisor * spec.scale_factor
 
 
 # Tokens that hold no number, no tokens, tokens by themselves

@@ -45,7 +45,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 def rotate_quantize_calls() -> list[tuple[Any, ...]]:
     thresholds, levels = torch.tensor([-0.5, 0.5]), torch.tensor([-1, 0, 1], dtype=torch.int8)
-    bare = (None,) * 5
+    bare = (*(None,) * 4, "absmax", 1.0, False)
     signs, paley = torch.zeros(9, dtype=torch.uint8), torch.ones(12, 12, dtype=torch.int8)
     vectors, modulation = (numbers(72), numbers(72), numbers(72)), (numbers(3, 72), numbers(3, 72))
     rotated = (numbers(6, 72), signs, 2, 12, paley, 3, 0.2)
@@ -56,7 +56,9 @@ def rotate_quantize_calls() -> list[tuple[Any, ...]]:
             *rotated,
             *vectors,
             None,
+            "rms",
             0.3,
+            True,
             12,
             thresholds,
             levels,
@@ -64,7 +66,19 @@ def rotate_quantize_calls() -> list[tuple[Any, ...]]:
             *modulation,
             1e-6,
         ),
-        (*plain, None, None, None, torch.ones(1), None, 72, thresholds, levels.to(torch.uint8), None, None, None, 0.0),
+        (
+            *plain,
+            *(None,) * 3,
+            torch.ones(1),
+            "absmax",
+            1.0,
+            False,
+            72,
+            thresholds,
+            levels.to(torch.uint8),
+            *(None,) * 3,
+            0.0,
+        ),
     ]
 
 
@@ -124,6 +138,11 @@ LAYERS = {
     "several formats": lambda: layer_of(WeightSpec(FP4_FORMATS), ActivationSpec(INT8), "block:36"),
     "grouped": lambda: layer_of(WeightSpec((E2M1,), "group", 36), ActivationSpec(E2M1, "group", 36), "none"),
     "static": lambda: layer_of(WeightSpec((E2M1,), "tensor"), ActivationSpec(E2M1, "tensor"), "none"),
+    "short scales": lambda: layer_of(
+        WeightSpec((E2M1,), "group", 36, scale_format="e4m3"),
+        ActivationSpec(E2M1, "group", 36, scale_rule="rms", scale_factor=0.2, scale_format="e4m3"),
+        "full",
+    ),
     "folded": lambda: layer_of(WeightSpec((E2M1,)), ActivationSpec(E2M1), "full", 36),
 }
 

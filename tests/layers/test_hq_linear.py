@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def spec_of(
 
 def label(spec: LinearSpec) -> str:
     weight, activation = spec.weight, spec.activation
-    formats = "/".join(map(str, weight.formats))
+    formats = "/".join(map(str, weight.formats)) + (" short" if weight.has_short_scales else "")
     return f"{formats} {weight.granularity} x {activation.format} {activation.granularity} {spec.rotation.describe()}"
 
 
@@ -71,6 +72,8 @@ SPECS = [
     spec_of(WeightSpec((E2M1,), "group", 72), ActivationSpec(ONE_SIDED), rotation="none"),
     spec_of(WeightSpec((INT8,)), ActivationSpec(INT8)),
     spec_of(WeightSpec((E4M3,)), ActivationSpec(E4M3)),
+    spec_of(WeightSpec((E2M1,), "group", 16, scale_format="e4m3"), ActivationSpec(E2M1, "group", 16)),
+    spec_of(WeightSpec(FP4_FORMATS, "group", 36, scale_format="e4m3"), rotation="block:36"),
 ]
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=label)
 
@@ -456,6 +459,7 @@ def test_is_a_linear_layer_with_its_buffers(spec: LinearSpec) -> None:
     assert isinstance(layer, hqdit.HQLinear)
     assert (layer.in_features, layer.out_features) == (spec.in_features, OUT)
     expected = {"qweight", "weight_scale", "bias"}
+    expected |= {"weight_scale_unit"} if spec.weight.has_short_scales else set()
     expected |= {"format_index"} if len(spec.weight.formats) > 1 else set()
     expected |= set() if spec.rotation.is_identity else {"rotation_signs"}
     expected |= {"channel_scale"} if spec.activation.has_channel_scale else set()
@@ -535,6 +539,28 @@ def test_missing_static_scales_are_refused(activation: str, missing: str) -> Non
         HQLinear.from_quantized(parts.spec, parts.quantized, parts.bias, parts.signs)
 
 
+def test_scales_beyond_8_bits_are_refused() -> None:
+    parts = Parts(spec_of(WeightSpec((E2M1,), "group", 36, scale_format="e4m3")))
+    scale = parts.quantized.scale.clone()
+    scale[3, 1] *= 1 + 2**-23
+    with pytest.raises(ValueError, match="fc1: found scales beyond 8 bits, needed what storable_scales gives"):
+        HQLinear.from_quantized(parts.spec, replace(parts.quantized, scale=scale), parts.bias, parts.signs)
+
+
+def test_short_scales_are_kept_as_bytes_and_units() -> None:
+    weight = WeightSpec((E2M1,), "group", 36, scale_format="e4m3")
+    parts = Parts(spec_of(weight, ActivationSpec(E2M1, "group", 36, scale_format="e4m3")))
+    layer = parts.layer
+    assert layer.weight_scale_unit is not None
+    assert (layer.weight_scale.dtype, layer.weight_scale.shape) == (torch.float8_e4m3fn, (OUT, 4))
+    assert (layer.weight_scale_unit.dtype, layer.weight_scale_unit.shape) == (torch.float32, (OUT, 1))
+    assert torch.equal(layer.effective_scale, parts.quantized.scale)
+    assert torch.equal(layer.packed_weight.scale, parts.quantized.scale)
+    assert "e2m1 per group with e4m3 scales, activation=e2m1 per group with e4m3 scales" in repr(layer)
+    plain = Parts(spec_of()).layer
+    assert plain.weight_scale_unit is None and plain.effective_scale is plain.weight_scale
+
+
 # Sharing an input
 
 
@@ -556,6 +582,8 @@ def test_layers_that_share_an_input() -> None:
         (spec_of(activation=ActivationSpec(INT8)), 3),
         (spec_of(activation=ActivationSpec(E2M1, "group", 36)), 3),
         (spec_of(activation=ActivationSpec(E2M1, "tensor")), 3),
+        (spec_of(activation=ActivationSpec(E2M1, scale_factor=0.9)), 3),
+        (spec_of(activation=ActivationSpec(E2M1, scale_rule="rms")), 3),
     ],
 )
 def test_layers_that_do_not_share_an_input(other: LinearSpec, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from hqdit.formats.catalog import E1M2, E2M1, E2M3, E3M0, E4M3, E5M2, FP4_FORMAT
 from hqdit.formats.number_format import NumberFormat, TableFormat
 from hqdit.quantizers.spec import (
     ACTIVATION_GRANULARITIES,
+    ACTIVATION_SCALE_RULES,
     INT32_MAX,
+    SCALE_FORMATS,
     WEIGHT_GRANULARITIES,
     ActivationSpec,
     LinearSpec,
@@ -204,9 +207,72 @@ def test_rotation_of_another_width() -> None:
     refused("rotation of width 72 on 144", rotation=plan_rotation("full", 72, "x"))
 
 
+# How scales are found and kept
+
+
+@pytest.mark.parametrize("rule", ["", "mse", "RMS", None])
+def test_unknown_activation_scale_rule(rule: Any) -> None:
+    refused("scale rule .* needed one of absmax, rms", activation=ActivationSpec(E2M1, scale_rule=rule))
+
+
+@pytest.mark.parametrize("factor", [0, 0.0, -1.0, math.nan, math.inf, True, "1", None])
+def test_scale_factors_that_are_no_positive_number(factor: Any) -> None:
+    refused("scale factor .* needed a positive number", activation=ActivationSpec(E2M1, scale_factor=factor))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("changes", [{"scale_rule": "rms"}, {"scale_factor": 0.9}])
+def test_static_scales_have_no_rule(granularity: str, changes: dict[str, Any]) -> None:
+    match = f"granularity '{granularity}', whose scales are static, needed one of token, group, channel-token"
+    refused(match, activation=ActivationSpec(E2M1, granularity, **changes))
+
+
+@pytest.mark.parametrize("scale_format", ["", "float16", "E4M3", None])
+def test_unknown_scale_format(scale_format: Any) -> None:
+    match = "scale format .* needed one of float32, e4m3"
+    refused("activation " + match, activation=ActivationSpec(E2M1, "group", 36, scale_format=scale_format))
+    refused("weight " + match, weight=WeightSpec((E2M1,), "group", 36, scale_format=scale_format))
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor", "channel", "channel-token"])
+def test_short_scales_without_groups(granularity: str) -> None:
+    match = f"scales in e4m3 with granularity '{granularity}', needed granularity group"
+    refused("found activation " + match, activation=ActivationSpec(E2M1, granularity, scale_format="e4m3"))
+    if granularity in WEIGHT_GRANULARITIES:
+        refused("found weight " + match, weight=WeightSpec((E2M1,), granularity, scale_format="e4m3"))
+
+
+def test_dynamic_granularities() -> None:
+    for granularity in ACTIVATION_GRANULARITIES:
+        spec = ActivationSpec(E2M1, granularity, 36 if granularity == "group" else None)
+        assert spec.has_dynamic_scale == (granularity not in ("tensor", "channel"))
+        if spec.has_dynamic_scale:
+            spec_of(activation=dataclasses.replace(spec, scale_rule="rms", scale_factor=0.3))
+
+
 # JSON
 
+
+def test_new_keys_are_written_where_they_say_something() -> None:
+    # Files of before have none of these keys, and keep their bytes.
+    plain = spec_of(WeightSpec((E2M1,), "group", 36), ActivationSpec(E2M1, "group", 36)).to_json()
+    assert plain["weight"].keys() == {"formats", "granularity", "group_size"}
+    assert plain["activation"].keys() == {"format", "granularity", "group_size"}
+    all_new = spec_of(
+        WeightSpec((E2M1,), "group", 36, scale_format="e4m3"),
+        ActivationSpec(E2M1, "group", 36, scale_rule="rms", scale_factor=0.28, scale_format="e4m3"),
+    )
+    assert all_new.to_json()["weight"] == {**plain["weight"], "scale_format": "e4m3"}
+    assert all_new.to_json()["activation"] == {
+        **plain["activation"],
+        "scale_rule": "rms",
+        "scale_factor": 0.28,
+        "scale_format": "e4m3",
+    }
+
+
 ROTATIONS = ["none", "full", "block:36", "block:4"]
+STATIC = ("tensor", "channel")
 
 
 @given(
@@ -217,6 +283,9 @@ ROTATIONS = ["none", "full", "block:36", "block:4"]
     st.sampled_from([4, 16, 36, 48, 72, 144]),
     st.sampled_from(ROTATIONS),
     st.sampled_from([None, 72, 36, 12]),
+    st.sampled_from(ACTIVATION_SCALE_RULES),
+    st.sampled_from([1.0, 0.9, 1 / 3]),
+    st.tuples(st.sampled_from(SCALE_FORMATS), st.sampled_from(SCALE_FORMATS)),
 )
 def test_json_round_trip(
     weights: list[NumberFormat],
@@ -226,10 +295,23 @@ def test_json_round_trip(
     group: int,
     rotation: str,
     head_dim: int | None,
+    rule: str,
+    factor: float,
+    scale_formats: tuple[str, str],
 ) -> None:
-    weight = WeightSpec(tuple(weights), weight_granularity, group if weight_granularity == "group" else None)
+    weight = WeightSpec(
+        tuple(weights),
+        weight_granularity,
+        group if weight_granularity == "group" else None,
+        scale_format=scale_formats[0] if weight_granularity == "group" else "float32",
+    )
     given_activation = ActivationSpec(
-        activation, activation_granularity, group if activation_granularity == "group" else None
+        activation,
+        activation_granularity,
+        group if activation_granularity == "group" else None,
+        scale_rule=rule if activation_granularity not in STATIC else "absmax",
+        scale_factor=factor if activation_granularity not in STATIC else 1.0,
+        scale_format=scale_formats[1] if activation_granularity == "group" else "float32",
     )
     try:
         spec = spec_of(weight, given_activation, rotation=plan_rotation(rotation, 144, "x", head_dim))
@@ -275,6 +357,19 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("weight.granularity", "row"),
         ("weight.group_size", 35),
         ("weight.group_size", REMOVED),
+        ("weight.scale_format", "float32"),
+        ("weight.scale_format", "float16"),
+        ("weight.scale_format", None),
+        ("activation.scale_format", "e4m3"),
+        ("activation.scale_rule", "mean"),
+        ("activation.scale_rule", "absmax"),
+        ("activation.scale_factor", 1.0),
+        ("activation.scale_factor", 1),
+        ("activation.scale_factor", 0),
+        ("activation.scale_factor", True),
+        ("activation.scale_factor", "0.9"),
+        ("activation.scale_factor", [0.9]),
+        ("activation.scale", 0.9),
         ("activation.format", [1, 2, 3]),
         ("activation.format", None),
         ("activation.granularity", "group"),

@@ -79,7 +79,11 @@ enum class ScaleRule : int32_t { kAbsmax = 0, kRms = 1, kStatic = 2 };
 //   3. rotation: y = y diag(signs) H * normalization, with H as below;
 //   4. y = y / channel_scale (per channel, after the rotation), as a product with its reciprocal;
 //   5. per token and group: scale = max(absmax / top, 2^-126), or max(rms * rms_factor, 2^-126), or the static scale;
-//      a token that holds a NaN or an infinity after step 4 gets NaN scales, all of them, and any levels;
+//      then, where asked for, rounded to 8 bits: with e = floor(log2(largest scale of the token)) and unit = 2^(e - 7),
+//      scale = unit * E4M3(scale / unit), to nearest, ties to even, at least 2^-9 * unit. E4M3's numbers have 3 bits of
+//      mantissa down to 2^-6 and are multiples of 2^-9 below. All of this is exact: no rounding but that one;
+//      a token that holds a NaN or an infinity after step 4, or has an infinite scale, gets NaN scales, all of them, and
+//      any levels;
 //   6. level nearest to y * (1 / scale): a count of `thresholds` not above it gives the rung, `rung_levels` its level.
 // One-sided formats (rung_levels[0] >= 0) take absmax over positive values only.
 struct RotateQuantizeArgs {
@@ -112,8 +116,9 @@ struct RotateQuantizeArgs {
   const float* channel_scale;   // width, or null
 
   ScaleRule rule;
+  bool round_scales;            // to 8 bits; not for kStatic
   float rms_factor;
-  const float* static_scale;    // 1, for kStatic
+  const float* static_scale;    // 1, finite, for kStatic
   int64_t group_size;           // divides width; = width for one scale a token
   // The format: `rungs` levels ascending, `rungs - 1` thresholds ascending: a number lies on the highest rung whose
   // threshold (thresholds[rung - 1]) is not above it. Ties are already in the thresholds.
@@ -121,7 +126,7 @@ struct RotateQuantizeArgs {
   const float* thresholds;
   const int8_t* rung_levels;    // as bytes: int8, or uint8 where levels_unsigned
   bool levels_unsigned;
-  float top;                    // the largest level
+  float top;                    // what absmax is divided by: the largest level, or more where the largest saturate
 
   void* levels;                 // tokens rows of `width` bytes, `levels_stride` apart
   int64_t levels_stride;

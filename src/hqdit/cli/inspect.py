@@ -55,7 +55,7 @@ def _row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
         "/".join(facts["formats"]),
         facts["activation"],
         "infinite" if statistic is None else f"{statistic:.1f}",
-        f"{facts['weight_granularity']} x {facts['activation_granularity']}",
+        f"{_granularity(facts, 'weight')} x {_granularity(facts, 'activation')}",
         facts["rotation"],
         facts["smoothing"],
         str(facts["low_rank"]) if facts["low_rank"] else "-",
@@ -63,6 +63,12 @@ def _row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
         "-" if damping is None else f"{damping:g}",
         f"{facts['bits_per_weight']:.3f}",
     )
+
+
+def _granularity(facts: dict[str, Any], side: str) -> str:
+    """Of the weight or the activation, with the format of its scales where that is not float32."""
+    granularity, scale_format = facts[f"{side}_granularity"], facts[f"{side}_scale_format"]
+    return str(granularity) if scale_format == "float32" else f"{granularity} {scale_format}"
 
 
 def print_sizes(path: Path, result: dict[str, Any]) -> None:

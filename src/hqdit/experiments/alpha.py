@@ -168,7 +168,7 @@ def weight_facts(exact: nn.Module, model: nn.Module) -> dict[str, float]:
         fmt = layer.spec.weight.formats[0]
         weight = rotate(exact.get_submodule(name).get_parameter("weight").double(), layer.spec.rotation, layer.signs)
         levels = decode(unpack_codes(layer.qweight, fmt), fmt)
-        rounded = levels.double() * spread_scale(layer.weight_scale, layer.in_features).double()
+        rounded = levels.double() * spread_scale(layer.effective_scale, layer.in_features).double()
         survives = levels != 0
         everything.add(weight, rounded)
         kept.add(weight[survives], rounded[survives])

@@ -62,7 +62,7 @@ def block_sizes(
     for site in sites:
         layer, linear = layers[site.name], subject.model.get_submodule(site.name)
         weight = rotate(linear.get_parameter("weight").detach().double(), layer.spec.rotation, layer.signs)
-        settled = (layer.weight_scale, layer.spec.weight, layer.format_index)
+        settled = (layer.effective_scale, layer.spec.weight, layer.format_index)
         nearest = round_to_nearest(weight, *settled).dequantize()
         usual, _ = gptq_quantize(weight, hessians["seen"][site.name], *settled, block_columns=BLOCK_COLUMNS)
         for size in sizes:

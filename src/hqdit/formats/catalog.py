@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hqdit.errors import UsageError
+from hqdit.formats.codebooks import lloyd_max
 from hqdit.formats.number_format import FloatFormat, IntegerFormat, NumberFormat, TableFormat
 
 E3M0 = FloatFormat(3, 0)  # levels 0 1 2 4 8 16 32 64
@@ -20,17 +21,22 @@ FP4_FORMATS: tuple[FloatFormat, ...] = (E3M0, E2M1, E1M2)
 
 _BY_NAME: dict[str, NumberFormat] = {fmt.name: fmt for fmt in (E3M0, E2M1, E1M2, INT4, E2M3, INT6, INT8, E4M3, E5M2)}
 
-FORMAT_NAMES = tuple(_BY_NAME)
+#: The table that is optimal for normal numbers; computed when it is asked for.
+LLOYD_MAX = "lloyd-max"
+
+FORMAT_NAMES = (*_BY_NAME, LLOYD_MAX)
 
 
 def format_from_json(value: object) -> NumberFormat:
-    """The format that `value` names: a name from `FORMAT_NAMES`, "table:..." or a list of 16 integers.
+    """The format that `value` names: one of `FORMAT_NAMES`, "table:..." or a list of 16 integers.
 
     Raises:
         UsageError: no such format, or a table that is not one.
     """
     if isinstance(value, str):
         key = value.strip().lower()
+        if key == LLOYD_MAX:
+            return lloyd_max()
         if key in _BY_NAME:
             return _BY_NAME[key]
         if key.startswith("table:"):

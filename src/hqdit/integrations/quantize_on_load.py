@@ -11,6 +11,7 @@ from hqdit.integrations.arriving_weights import ArrivingWeights
 from hqdit.integrations.model_tensors import set_tensor
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.input_group import InputGroup
+from hqdit.pipeline.known_input import KnownInput
 from hqdit.pipeline.plan import PlannedLayer, plan_quantization
 from hqdit.pipeline.record import QuantizationRecord
 
@@ -63,7 +64,7 @@ class FloatWeights(ArrivingWeights):
             return
         for tensor_name, tensor in self._arrived.pop(group).items():
             set_tensor(self._model, tensor_name, tensor.to(device, torch.float32))
-        InputGroup(self._model, self._plan, layers, self._request, None, None).quantize(self._progress)
+        InputGroup(self._model, self._plan, layers, self._request, None, KnownInput()).quantize(self._progress)
         for layer in layers:
             bias = self._model.get_submodule(layer.site.name).bias
             if isinstance(bias, Tensor):

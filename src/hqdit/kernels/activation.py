@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hqdit.numerics.rounding import nearest_levels
 from hqdit.quantizers.scaling import absmax_scale, rms_scale
+from hqdit.quantizers.short_scales import round_token_scales
 from hqdit.quantizers.spec import ActivationSpec
 
 
@@ -31,27 +32,22 @@ class QuantizedActivation(NamedTuple):
         return (grouped * self.scale.unsqueeze(-1)).reshape(self.levels.shape)
 
 
-def quantize_activation(
-    x: Tensor, spec: ActivationSpec, static_scale: Tensor | None = None, rms_factor: float | None = None
-) -> QuantizedActivation:
+def quantize_activation(x: Tensor, spec: ActivationSpec, static_scale: Tensor | None = None) -> QuantizedActivation:
     """Levels and scales of rotated inputs.
 
     Args:
         x: float32 (tokens, in_features), rotated and already divided by static channel scales if there are any.
-        spec: format and granularity.
+        spec: format, granularity and how dynamic scales are found and kept.
         static_scale: float32 (1,) for granularity tensor.
-        rms_factor: a dynamic scale is this times the root mean square; None for absmax / top.
 
     Raises:
         ValueError: granularity tensor without its scale.
     """
     tokens, width = x.shape
-    if spec.granularity in ("token", "channel-token", "group"):
+    if spec.has_dynamic_scale:
         size = spec.group_size or width
         grouped = x.reshape(tokens, width // size, size)
-        scale = absmax_scale(grouped, spec.format) if rms_factor is None else rms_scale(grouped, rms_factor)
-        # A token with one bad number is bad as a whole: its other groups must not look sound.
-        scale = torch.where(torch.isfinite(scale).all(dim=1, keepdim=True), scale, torch.nan)
+        scale = _dynamic_scales(grouped, spec)
         levels = nearest_levels((grouped / scale.unsqueeze(-1)).reshape(x.shape), spec.format)
         return QuantizedActivation(levels, scale)
     if spec.has_static_scale and static_scale is None:
@@ -60,3 +56,14 @@ def quantize_activation(
     unit = static_scale if static_scale is not None else torch.ones(1, dtype=torch.float32, device=x.device)
     is_finite = torch.isfinite(x).all(dim=1, keepdim=True)
     return QuantizedActivation(nearest_levels(x / unit, spec.format), torch.where(is_finite, unit, torch.nan))
+
+
+def _dynamic_scales(grouped: Tensor, spec: ActivationSpec) -> Tensor:
+    """Scales of (tokens, groups, numbers), float32 (tokens, groups)."""
+    if spec.scale_rule == "rms":
+        scale = rms_scale(grouped, spec.scale_factor)
+    else:
+        scale = absmax_scale(grouped, spec.format, spec.scale_factor)
+    # A token with one bad number is bad as a whole: its other groups must not look sound.
+    scale = torch.where(torch.isfinite(scale).all(dim=1, keepdim=True), scale, torch.nan)
+    return round_token_scales(scale) if spec.has_short_scales else scale

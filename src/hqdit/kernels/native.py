@@ -11,7 +11,7 @@ from hqdit.kernels import native_library, native_ops
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.backend import TorchBackend
 from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight
-from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise
+from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise, before_rotation
 
 
 class NativeBackend(TorchBackend):
@@ -35,6 +35,11 @@ class NativeBackend(TorchBackend):
         tables = preparation.tables
         if tables is None or x.device.type != "cpu":
             return super().quantize_input(x, preparation, front)
+        if preparation.emphasis is not None:
+            # The kernels do not know this step, which few inputs have: it is done beforehand, with all before it.
+            x = before_rotation(x, preparation, front)
+            preparation = preparation._replace(emphasis=None, input_shift=None, input_scale=None)
+            front = None
         function = scale = shift = None
         eps = 0.0
         if isinstance(front, Pointwise):
@@ -42,10 +47,9 @@ class NativeBackend(TorchBackend):
         elif isinstance(front, LayerNormModulate):
             scale, shift, eps = front.scale, front.shift, front.eps
         activation = preparation.activation
-        is_dynamic = activation.granularity in ("token", "channel-token", "group")
         # Granularity channel has no scale but the folded one: a static scale of 1.
-        static = None if is_dynamic else preparation.static_scale
-        if not is_dynamic and static is None:
+        static = None if activation.has_dynamic_scale else preparation.static_scale
+        if not activation.has_dynamic_scale and static is None:
             static = torch.ones(1)
         levels, token_scale = native_ops.rotate_quantize(
             _in_rows(x if x.dtype in native_ops.KERNEL_DTYPES else x.to(torch.float32)),
@@ -60,7 +64,9 @@ class NativeBackend(TorchBackend):
             preparation.input_scale,
             preparation.channel_scale,
             static,
-            preparation.rms_factor,
+            activation.scale_rule,
+            activation.scale_factor,
+            activation.has_short_scales,
             activation.group_size or x.shape[1],
             tables.thresholds,
             tables.rung_levels,

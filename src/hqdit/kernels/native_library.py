@@ -24,7 +24,8 @@ ELEMENT = {torch.float32: 0, torch.bfloat16: 1}
 FUNCTION = {None: 0, "gelu-tanh": 1, "gelu-erf": 2}
 FRONT_NONE, FRONT_LAYER_NORM_MODULATE = 0, 1
 FRONT_POINTWISE = {"gelu-tanh": 2, "gelu-erf": 3, "silu": 4}
-SCALE_ABSMAX, SCALE_RMS, SCALE_STATIC = 0, 1, 2
+SCALE_RULE = {"absmax": 0, "rms": 1}
+SCALE_STATIC = 2
 
 _pointer, _int64, _int32, _float, _bool = (
     ctypes.c_void_p,
@@ -103,6 +104,7 @@ class RotateQuantizeArgs(ctypes.Structure):
         ("normalization", _float),
         ("channel_scale", _pointer),
         ("rule", _int32),
+        ("round_scales", _bool),
         ("rms_factor", _float),
         ("static_scale", _pointer),
         ("group_size", _int64),

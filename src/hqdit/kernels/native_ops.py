@@ -5,6 +5,7 @@ Every tensor is checked here for device, dtype, shape and strides; the compiled 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from hqdit.kernels import native_library as native
+from hqdit.quantizers.scaling import absmax_divisor
 
 _library = torch.library.Library("hqdit", "DEF")
 _library.define(
     "rotate_quantize(Tensor x, Tensor? sign_bits, int sylvester, int paley, Tensor? paley_matrix, int inner, "
     "float normalization, Tensor? input_shift, Tensor? input_scale, Tensor? channel_scale, Tensor? static_scale, "
-    "float? rms_factor, int group_size, Tensor thresholds, Tensor rung_levels, str? function, Tensor? mod_scale, "
-    "Tensor? mod_shift, float eps) -> (Tensor, Tensor)"
+    "str scale_rule, float scale_factor, bool round_scales, int group_size, Tensor thresholds, Tensor rung_levels, "
+    "str? function, Tensor? mod_scale, Tensor? mod_shift, float eps) -> (Tensor, Tensor)"
 )
 _library.define(
     "product(Tensor levels, Tensor token_scale, Tensor[] packed, Tensor[] level_tables, Tensor?[] format_index, "
@@ -83,7 +85,9 @@ def _rotate_quantize(
     input_scale: Tensor | None,
     channel_scale: Tensor | None,
     static_scale: Tensor | None,
-    rms_factor: float | None,
+    scale_rule: str,
+    scale_factor: float,
+    round_scales: bool,
     group_size: int,
     thresholds: Tensor,
     rung_levels: Tensor,
@@ -112,6 +116,11 @@ def _rotate_quantize(
         raise ValueError(f"{op} rung_levels: found {rungs} levels, needed 2 to 256")
     if function is not None and function not in native.FRONT_POINTWISE:
         raise ValueError(f"{op}: found the function {function!r}, needed one of {', '.join(native.FRONT_POINTWISE)}")
+    if scale_rule not in native.SCALE_RULE or not 0 < scale_factor < math.inf:
+        raise ValueError(
+            f"{op}: found the scale rule {scale_rule!r} with factor {scale_factor}, needed one of "
+            f"{', '.join(native.SCALE_RULE)} and a positive factor"
+        )
     _require(f"{op} thresholds", thresholds, FLOAT32, (rungs - 1,))
     top = int(rung_levels[-1])
     if top < 1:
@@ -127,8 +136,8 @@ def _rotate_quantize(
             _require(f"{op} {name}", vector, FLOAT32, (width,))
     if static_scale is not None:
         _require(f"{op} static_scale", static_scale, FLOAT32, (1,))
-        if group_size != width or rms_factor is not None:
-            raise ValueError(f"{op}: found a static scale with groups or an RMS factor, needed it alone")
+        if group_size != width or round_scales or (scale_rule, scale_factor) != ("absmax", 1):
+            raise ValueError(f"{op}: found a static scale with groups or another rule, needed it alone")
     args = native.RotateQuantizeArgs()
     args.front = native.FRONT_NONE if function is None else native.FRONT_POINTWISE[function]
     if mod_scale is not None and mod_shift is not None:
@@ -156,14 +165,10 @@ def _rotate_quantize(
     args.sign_bits, args.sylvester, args.paley = _address(sign_bits), sylvester, paley
     args.paley_matrix, args.inner, args.normalization = _address(paley_matrix), inner, normalization
     args.channel_scale, args.static_scale = _address(channel_scale), _address(static_scale)
-    args.rule, args.rms_factor = native.SCALE_ABSMAX, rms_factor or 0.0
-    if static_scale is not None:
-        args.rule = native.SCALE_STATIC
-    elif rms_factor is not None:
-        args.rule = native.SCALE_RMS
+    args.rule = native.SCALE_RULE[scale_rule] if static_scale is None else native.SCALE_STATIC
+    args.round_scales, args.rms_factor, args.top = round_scales, scale_factor, absmax_divisor(top, scale_factor)
     args.group_size, args.rungs, args.thresholds = group_size, rungs, thresholds.data_ptr()
     args.rung_levels, args.levels_unsigned = rung_levels.data_ptr(), rung_levels.dtype == torch.uint8
-    args.top = top
     args.levels, args.levels_stride, args.scale = levels.data_ptr(), width, scale.data_ptr()
     native.call("hqdit_rotate_quantize", args)
     return levels, scale
@@ -308,7 +313,7 @@ def _require_one_device(op: str, *tensors: Tensor | Sequence[Tensor | None] | No
 
 
 def _rotate_quantize_shape(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    group_size, rung_levels = args[11], args[13]
+    group_size, rung_levels = args[13], args[15]
     _require_one_device("hqdit::rotate_quantize", x, *(entry for entry in args if isinstance(entry, Tensor)))
     levels = x.new_empty(x.shape, dtype=rung_levels.dtype)
     return levels, x.new_empty((x.shape[0], x.shape[1] // group_size), dtype=torch.float32)

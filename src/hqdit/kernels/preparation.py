@@ -1,7 +1,8 @@
 """From a layer's input to levels: what is asked for, and its definition in plain torch.
 
 The steps, in this order: a front (nothing, LayerNorm and modulation, GELU or SiLU), a static shift and scale per
-channel, the rotation, a static scale per channel after it, a scale per token and group, rounding.
+channel, emphasised directions, the rotation, a static scale per channel after it, a scale per token and group,
+rounding.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hqdit.kernels.activation import QuantizedActivation, quantize_activation
 from hqdit.numerics.rounding import rung_tables
+from hqdit.quantizers.emphasis import emphasise
 from hqdit.quantizers.spec import ActivationSpec
 from hqdit.transforms.hadamard import paley_matrix, require_factors
 from hqdit.transforms.rotation import RotationSpec, rotate_online, unpack_signs
@@ -91,15 +93,14 @@ class InputPreparation(NamedTuple):
     """What a layer does to its input before the product.
 
     Attributes:
-        activation: format and granularity.
+        activation: format, granularity and how scales are found.
         rotation: the rotation, of which the online part is done here.
         tables: `input_tables` of the two.
         rotation_signs: uint8 (ceil(width / 8),), see `transforms.rotation.pack_signs`; None without a rotation.
         channel_scale: float32 (width,): divides after the rotation; None for none.
         static_scale: float32 (1,) for granularity tensor.
         input_shift, input_scale: float32 (width,): (x - shift) * scale before the rotation; None for none.
-        rms_factor: the scale of a token or group is this times its root mean square instead of absmax / top; None for
-            absmax.
+        emphasis: bfloat16 (rank, width): directions that are stretched before the rotation (`quantizers.emphasis`).
     """
 
     activation: ActivationSpec
@@ -110,7 +111,7 @@ class InputPreparation(NamedTuple):
     static_scale: Tensor | None = None
     input_shift: Tensor | None = None
     input_scale: Tensor | None = None
-    rms_factor: float | None = None
+    emphasis: Tensor | None = None
 
 
 def apply_front(x: Tensor, front: Front) -> Tensor:
@@ -141,6 +142,16 @@ def apply_pointwise(x: Tensor, function: str) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh" if function == "gelu-tanh" else "none")
 
 
+def before_rotation(x: Tensor, preparation: InputPreparation, front: Front = None) -> Tensor:
+    """The steps up to the rotation, float32 (tokens, width); arguments as of `prepare_input`."""
+    y = apply_front(x.to(torch.float32), front)
+    if preparation.input_shift is not None:
+        y = y - preparation.input_shift
+    if preparation.input_scale is not None:
+        y = y * preparation.input_scale
+    return y if preparation.emphasis is None else emphasise(y, preparation.emphasis)
+
+
 def prepare_input(x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
     """The definition: every step by itself.
 
@@ -149,14 +160,10 @@ def prepare_input(x: Tensor, preparation: InputPreparation, front: Front = None)
         preparation: the layer's wishes.
         front: what comes before.
     """
-    y = apply_front(x.to(torch.float32), front)
-    if preparation.input_shift is not None:
-        y = y - preparation.input_shift
-    if preparation.input_scale is not None:
-        y = y * preparation.input_scale
+    y = before_rotation(x, preparation, front)
     bits = preparation.rotation_signs
     signs = None if bits is None else unpack_signs(bits, preparation.rotation.width)
     y = rotate_online(y, preparation.rotation, signs)
     if preparation.channel_scale is not None:
         y = y / preparation.channel_scale
-    return quantize_activation(y, preparation.activation, preparation.static_scale, preparation.rms_factor)
+    return quantize_activation(y, preparation.activation, preparation.static_scale)

@@ -16,9 +16,11 @@ from hqdit.kernels.preparation import Front, InputPreparation, input_tables
 from hqdit.kernels.selection import current_backend
 from hqdit.layers.straight_through import StraightThrough
 from hqdit.numerics.codes import pack_codes, unpack_codes
+from hqdit.quantizers.emphasis import EMPHASIS_DTYPE, emphasise
 from hqdit.quantizers.low_rank import BRANCH_DTYPE
 from hqdit.quantizers.quantized_tensor import QuantizedTensor
-from hqdit.quantizers.spec import LinearSpec
+from hqdit.quantizers.short_scales import SHORT_DTYPE, merge_scales, split_scales
+from hqdit.quantizers.spec import SHIFT_DTYPE, LinearSpec
 from hqdit.transforms.rotation import SIGNS_PER_BYTE, pack_signs, rotate_folded, unpack_signs, unrotate
 
 if TYPE_CHECKING:
@@ -40,13 +42,18 @@ class HQLinear(nn.Linear):
 
     Buffers, which are the checkpoint (docs/checkpoint.md):
         qweight: uint8 (out_features, in_features / 2) packed codes; (out_features, in_features) above 4 bits.
-        weight_scale: float32 (1, 1), (out_features, 1) or (out_features, groups).
+        weight_scale: float32 (1, 1), (out_features, 1) or (out_features, groups); float8_e4m3fn (out_features, groups)
+            where scales are kept in 8 bits.
+        weight_scale_unit: float32 (out_features, 1), only where they are: a scale is its E4M3 number times this.
         format_index: uint8 (out_features,), only where every output channel chose its format.
         rotation_signs: uint8 (ceil(in_features / 8),), only where the input is rotated.
         channel_scale: float32 (in_features,), only for static per-channel activation scales.
         static_scale: float32 (1,), only for a static scale per tensor.
         input_scale: float32 (in_features,), only where the input is smoothed: the factors, applied before the rotation
             by this layer or, where its specification says "folded", by the layers before it.
+        input_shift: bfloat16 (in_features,), only for a centred input: what is subtracted from the input as the layer
+            gets it; the bias holds the product of the weight with it.
+        emphasis: bfloat16 (rank, in_features), B of `quantizers.emphasis`, only where directions are emphasised.
         low_rank_down: bfloat16 (rank, in_features), D, only with a low-rank branch.
         low_rank_up: bfloat16 (out_features, rank), U, likewise.
     Parameter:
@@ -55,11 +62,14 @@ class HQLinear(nn.Linear):
 
     qweight: Tensor
     weight_scale: Tensor
+    weight_scale_unit: Tensor | None
     format_index: Tensor | None
     rotation_signs: Tensor | None
     channel_scale: Tensor | None
     static_scale: Tensor | None
     input_scale: Tensor | None
+    input_shift: Tensor | None
+    emphasis: Tensor | None
     low_rank_down: Tensor | None
     low_rank_up: Tensor | None
 
@@ -79,13 +89,19 @@ class HQLinear(nn.Linear):
 
         row_bytes = packed_row_bytes(spec.in_features, spec.weight.formats[0])
         add("qweight", (spec.out_features, row_bytes), torch.uint8)
-        add("weight_scale", spec.weight.scale_shape(spec.out_features, spec.in_features), torch.float32)
+        is_short = spec.weight.has_short_scales
+        scale_shape = spec.weight.scale_shape(spec.out_features, spec.in_features)
+        add("weight_scale", scale_shape, SHORT_DTYPE if is_short else torch.float32)
+        add("weight_scale_unit", (spec.out_features, 1), torch.float32, wanted=is_short)
         add("format_index", (spec.out_features,), torch.uint8, wanted=len(spec.weight.formats) > 1)
         sign_bytes = -(-spec.in_features // SIGNS_PER_BYTE)
         add("rotation_signs", (sign_bytes,), torch.uint8, wanted=not spec.rotation.is_identity)
         add("channel_scale", (spec.in_features,), torch.float32, wanted=spec.activation.has_channel_scale)
         add("static_scale", (1,), torch.float32, wanted=spec.activation.has_static_scale)
         add("input_scale", (spec.in_features,), torch.float32, wanted=spec.activation.smoothing != "none")
+        add("input_shift", (spec.in_features,), SHIFT_DTYPE, wanted=spec.activation.is_centred)
+        directions = spec.activation.emphasis
+        add("emphasis", (directions, spec.in_features), EMPHASIS_DTYPE, wanted=directions > 0)
         rank = spec.weight.low_rank
         add("low_rank_down", (rank, spec.in_features), BRANCH_DTYPE, wanted=rank > 0)
         add("low_rank_up", (spec.out_features, rank), BRANCH_DTYPE, wanted=rank > 0)
@@ -103,23 +119,32 @@ class HQLinear(nn.Linear):
         static_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
         branch: tuple[Tensor, Tensor] | None = None,
+        input_shift: Tensor | None = None,
+        emphasis: Tensor | None = None,
     ) -> HQLinear:
         """A layer that holds `weight`; the optional tensors must be given where `spec` asks for them.
 
         `branch` is the pair (low_rank_down, low_rank_up).
 
         Raises:
-            ValueError: a tensor is missing, not asked for, or of another shape or dtype than the class says.
+            ValueError: a tensor is missing, not asked for, or of another shape or dtype than the class says; or the
+                spec keeps scales in 8 bits and those of `weight` are none (`quantizers.quantized_tensor`).
         """
         layer = cls(spec, bias=bias is not None, device=weight.codes.device)
+        scale, unit = split_scales(weight.scale) if spec.weight.has_short_scales else (weight.scale, None)
+        if unit is not None and not torch.equal(merge_scales(scale, unit), weight.scale):
+            raise ValueError(f"{spec.name}: found scales beyond 8 bits, needed what storable_scales gives")
         buffers = {
             "qweight": pack_codes(weight.codes, spec.weight.formats[0]),
-            "weight_scale": weight.scale,
+            "weight_scale": scale,
+            "weight_scale_unit": unit,
             "format_index": weight.format_index,
             "rotation_signs": None if signs is None else pack_signs(signs),
             "channel_scale": channel_scale,
             "static_scale": static_scale,
             "input_scale": input_scale,
+            "input_shift": input_shift,
+            "emphasis": emphasis,
             "low_rank_down": None if branch is None else branch[0],
             "low_rank_up": None if branch is None else branch[1],
         }
@@ -160,7 +185,9 @@ class HQLinear(nn.Linear):
             self.rotation_signs,
             self.channel_scale,
             self.static_scale,
+            input_shift=None if self.input_shift is None else self.input_shift.to(torch.float32),
             input_scale=self.input_scale if self.spec.activation.smoothing == "applied" else None,
+            emphasis=self.emphasis,
         )
 
     @property
@@ -169,11 +196,17 @@ class HQLinear(nn.Linear):
         return self.low_rank_down is None
 
     @property
+    def effective_scale(self) -> Tensor:
+        """The weight's scales as they are multiplied with, float32, shape of `weight_scale`: number = level * this."""
+        if self.weight_scale_unit is None:
+            return self.weight_scale
+        return merge_scales(self.weight_scale, self.weight_scale_unit)
+
+    @property
     def packed_weight(self) -> PackedWeight:
         """The weight and the bias as the kernels take them."""
-        return PackedWeight(
-            self.qweight, self.weight_scale, self.format_index, self.spec.weight.formats, self._level_tables, self.bias
-        )
+        formats, tables = self.spec.weight.formats, self._level_tables
+        return PackedWeight(self.qweight, self.effective_scale, self.format_index, formats, tables, self.bias)
 
     def quantize_input(self, x: Tensor, front: Front = None) -> QuantizedActivation:
         """Front, rotation and rounding: (..., in_features) -> levels (tokens, in_features) and scales."""
@@ -212,7 +245,7 @@ class HQLinear(nn.Linear):
         Raises:
             UsageError: a dtype of 8 bits, which would spoil the bias.
         """
-        dtype = fn(self.weight_scale.new_empty(0)).dtype
+        dtype = fn(self.weight_scale.new_empty(0, dtype=torch.float32)).dtype
         if dtype.itemsize < 2:
             raise UsageError(
                 f"{self.spec.name}: found a cast of a quantized layer to {dtype}, needed at least 16 bits for its "
@@ -239,6 +272,8 @@ class HQLinear(nn.Linear):
             and equal(self.channel_scale, other.channel_scale)
             and equal(self.static_scale, other.static_scale)
             and equal(self.input_scale, other.input_scale)
+            and equal(self.input_shift, other.input_shift)
+            and equal(self.emphasis, other.emphasis)
         )
 
     def delivered(self, x: Tensor) -> Tensor:
@@ -266,6 +301,12 @@ class HQLinear(nn.Linear):
             weight = rotate_folded(weight, self.spec.rotation, self.signs)
         return weight
 
+    def delivered_bias(self) -> Tensor | None:
+        """The bias that goes with `delivered_weight`, float32 (out_features,) where the input is centred."""
+        if self.bias is None or self.input_shift is None:
+            return self.bias
+        return self.bias.to(torch.float32) - self.delivered_weight() @ self.input_shift.to(torch.float32)
+
     def dequantized_weight(self) -> Tensor:
         """The float32 weight (out_features, in_features) that stands for the float layer's, branch included.
 
@@ -273,10 +314,12 @@ class HQLinear(nn.Linear):
         """
         codes = torch.empty((self.out_features, self.in_features), dtype=torch.uint8, device=self.qweight.device)
         codes[:] = unpack_codes(self.qweight, self.spec.weight.formats[0])
-        weight = QuantizedTensor(codes, self.weight_scale, self.format_index, self.spec.weight).dequantize()
+        weight = QuantizedTensor(codes, self.effective_scale, self.format_index, self.spec.weight).dequantize()
         if self.channel_scale is not None:
             weight = weight / self.channel_scale
         weight = unrotate(weight, self.spec.rotation, self.signs)
+        if self.emphasis is not None:  # x T W'^T = x (W' T)^T, because T is symmetric
+            weight = emphasise(weight, self.emphasis)
         if self.low_rank_down is None or self.low_rank_up is None:
             return weight if self.input_scale is None else weight * self.input_scale
         branch = self.low_rank_up.to(torch.float32) @ self.low_rank_down.to(torch.float32)
@@ -290,8 +333,13 @@ class HQLinear(nn.Linear):
         """Shape, formats and rotation on one line."""
         formats = "/".join(fmt.name for fmt in self.spec.weight.formats)
         rank = f" + rank {self.spec.weight.low_rank}" if self.spec.weight.low_rank else ""
+        weight_scales, scales = (
+            f" with {side.scale_format} scales" if side.has_short_scales else ""
+            for side in (self.spec.weight, self.spec.activation)
+        )
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"weight={formats} per {self.spec.weight.granularity}{rank}, activation={self.spec.activation.format} per "
-            f"{self.spec.activation.granularity}, rotation={self.spec.rotation.describe()}"
+            f"weight={formats} per {self.spec.weight.granularity}{weight_scales}{rank}, "
+            f"activation={self.spec.activation.format} per {self.spec.activation.granularity}{scales}, "
+            f"rotation={self.spec.rotation.describe()}"
         )

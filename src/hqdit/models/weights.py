@@ -35,6 +35,7 @@ _OTHER_FILES = (
 )
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8}
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -237,7 +238,8 @@ def require_finite(tensors: dict[str, Tensor], where: Path | str) -> None:
         tensor = tensors[name]
         if not tensor.is_floating_point():
             continue
-        is_bad = ~torch.isfinite(tensor)
+        # torch cannot ask numbers of 8 bits.
+        is_bad = ~torch.isfinite(tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor)
         if bool(is_bad.any()):
             first = tuple(int(i) for i in is_bad.nonzero()[0])
             raise CheckpointError(

@@ -176,13 +176,20 @@ def _load_quantized(folder: ModelFolder) -> nn.Module:
 
 def require_sound(name: str, layer: HQLinear, where: Path | str) -> None:
     """Refuse scales that are not positive, format indices out of range, and codes that stand for no number."""
-    for buffer_name in ("weight_scale", "channel_scale", "static_scale", "input_scale"):
-        scale = getattr(layer, buffer_name)
+    for buffer_name in ("weight_scale", "weight_scale_unit", "channel_scale", "static_scale", "input_scale"):
+        stored = getattr(layer, buffer_name)
+        scale = None if stored is None else stored.to(torch.float32)  # torch compares no numbers of 8 bits
         if scale is not None and not bool((scale > 0).all()):
             raise CheckpointError(
                 f"{where}: tensor {name}.{buffer_name} holds {int((~(scale > 0)).sum())} scales that are not positive, "
                 "needed positive ones. Fix: quantize the model again"
             )
+    scale = layer.effective_scale
+    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+        raise CheckpointError(
+            f"{where}: tensor {name}.weight_scale_unit holds units whose products with weight_scale are no positive "
+            "numbers in float32, needed units that are neither that small nor that large. Fix: quantize the model again"
+        )
     formats = layer.spec.weight.formats
     if layer.format_index is not None and int(layer.format_index.max()) >= len(formats):
         raise CheckpointError(

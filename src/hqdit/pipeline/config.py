@@ -11,13 +11,25 @@ from hqdit.errors import UsageError
 from hqdit.formats.catalog import FORMAT_NAMES, FP4_FORMATS, format_from_json
 from hqdit.formats.number_format import FloatFormat, IntegerFormat, NumberFormat
 from hqdit.quantizers.scaling import SCALE_RULES
-from hqdit.quantizers.spec import ACTIVATION_GRANULARITIES, STATIC_GRANULARITIES, WEIGHT_GRANULARITIES
+from hqdit.quantizers.spec import (
+    ACTIVATION_GRANULARITIES,
+    SCALE_FORMATS,
+    STATIC_GRANULARITIES,
+    WEIGHT_GRANULARITIES,
+)
 from hqdit.transforms.rotation import parse_block
 
 #: Let data choose among E3M0, E2M1 and E1M2.
 SELECT_FP4 = "fp4"
 #: Activations take the format that was chosen for the weights of the layers that read them.
 SAME_AS_WEIGHTS = "same"
+
+GROUP_FITS = ("exact", "at-most")
+#: Of dynamic scales; clipped is absmax with a factor below 1.
+DYNAMIC_SCALE_RULES = ("absmax", "clipped", "rms")
+#: Of weights: those of `quantizers.scaling`, and mse with scales that are fitted to the codes afterwards.
+WEIGHT_SCALE_RULES = (*SCALE_RULES, "mse-refit")
+SMOOTHING_STATISTICS = ("absmax", "rms")
 
 KEEP_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,10 +50,20 @@ class QuantizationConfig:
         alpha: quantile of the format statistic, strictly between 0 and 1.
         rotation: "full", "block:B" or "none".
         fold_value_rotation: fold the within-head part of the attention output's rotation into the value projection.
-        scale_rule: absmax or mse, for weights.
+        group_fit: "exact": every group has `group_size` channels; "at-most": the largest multiple of 4 that divides the
+            layer's width and is not above `group_size`.
+        activation_scale_rule: "absmax"; "clipped": the share of it that suits normal numbers best; "rms": a multiple of
+            the root mean square, likewise.
+        scale_format: "float32", or "e4m3" for scales of groups in 8 bits.
+        scale_rule: absmax, mse, or mse-refit (mse, then least squares against the codes), for weights.
         gptq: round weights by GPTQ; otherwise to nearest.
         act_order: GPTQ visits columns by descending Hessian diagonal.
         smoothing: alpha of SmoothQuant, from 0 to 1, or None for no smoothing; it comes before the rotation.
+        smoothing_statistic: "absmax" or "rms": what the factors of smoothing are made of.
+        centring: subtract every channel's mean over calibration data from the input; the bias takes it over.
+        emphasis: the most directions in which an input is stretched because the model's output is sensitive to them
+            (`quantizers.emphasis`); 0 for none.
+        bias_correction: let the bias take over the mean of a layer's rounding error over calibration data.
         low_rank: rank of SVDQuant's 16-bit branch beside every quantized weight; 0 for none.
         format_search: formats and scales by LLM-FP4's search on the layer's output, instead of the statistic and the
             scale rule; the search finds scales per output channel, and static ones per input channel.
@@ -64,10 +86,17 @@ class QuantizationConfig:
     alpha: float = 0.25
     rotation: str = "full"
     fold_value_rotation: bool = False
+    group_fit: str = "exact"
+    activation_scale_rule: str = "absmax"
+    scale_format: str = "float32"
     scale_rule: str = "absmax"
     gptq: bool = True
     act_order: bool = False
     smoothing: float | None = None
+    smoothing_statistic: str = "absmax"
+    centring: bool = False
+    emphasis: int = 0
+    bias_correction: bool = False
     low_rank: int = 0
     format_search: bool = False
     modulation: bool = True
@@ -82,7 +111,11 @@ class QuantizationConfig:
             ("--weight-granularity", self.weight_granularity, WEIGHT_GRANULARITIES),
             ("--activation-granularity", self.activation_granularity, ACTIVATION_GRANULARITIES),
             ("--format-granularity", self.format_granularity, ("layer", "channel")),
-            ("--scale-rule", self.scale_rule, SCALE_RULES),
+            ("--group-fit", self.group_fit, GROUP_FITS),
+            ("--activation-scale-rule", self.activation_scale_rule, DYNAMIC_SCALE_RULES),
+            ("--scale-format", self.scale_format, SCALE_FORMATS),
+            ("--scale-rule", self.scale_rule, WEIGHT_SCALE_RULES),
+            ("--smoothing-statistic", self.smoothing_statistic, SMOOTHING_STATISTICS),
             ("--keep-dtype", self.keep_dtype, (None, *KEEP_DTYPES)),
         ):
             if value not in choices:
@@ -136,6 +169,15 @@ class QuantizationConfig:
                 f"--low-rank: found {self.low_rank} with --fold-value-rotation, needed the unrotated input that the "
                 "branch reads. Fix: use --no-fold-value-rotation"
             )
+        if self.emphasis < 0:
+            raise UsageError(f"--emphasis: found {self.emphasis}, needed a rank of at least 0. Fix: for example 4")
+        for flag, value in (("--emphasis", self.emphasis), ("--centring", self.centring)):
+            if value and self.fold_value_rotation:
+                raise UsageError(
+                    f"{flag}: found {value} with --fold-value-rotation, needed the unrotated input. "
+                    "Fix: use --no-fold-value-rotation"
+                )
+        self._require_scales()
         if not self.format_search:
             return
         settings = (self.weight_granularity, self.activation_granularity, self.format_granularity, self.scale_rule)
@@ -151,6 +193,28 @@ class QuantizationConfig:
                     f"{flag}: found {formats[0]} with --format-search, needed fp4 or a floating point format, which "
                     "has an exponent bias. Fix: use fp4, or --no-format-search"
                 )
+
+    def _require_scales(self) -> None:
+        """Rules of activation scales, formats of scales and fits of groups: what does not go together."""
+        if self.activation_scale_rule != "absmax" and self.activation_granularity in ("tensor", "channel"):
+            raise UsageError(
+                f"--activation-scale-rule: found {self.activation_scale_rule} with static scales, needed dynamic ones. "
+                "Fix: use --activation-granularity token, group or channel-token, or the rule absmax"
+            )
+        if self.scale_format != "float32" and "group" not in (self.weight_granularity, self.activation_granularity):
+            raise UsageError(
+                f"--scale-format: found {self.scale_format} without groups, needed scales of groups. "
+                "Fix: add --weight-granularity group or --activation-granularity group"
+            )
+        if self.group_fit != "exact" and self.group_size is None:
+            raise UsageError(
+                f"--group-fit: found {self.group_fit} without groups, needed a group size. Fix: add --group-size 36"
+            )
+        if self.smoothing_statistic != "absmax" and self.smoothing is None:
+            raise UsageError(
+                f"--smoothing-statistic: found {self.smoothing_statistic} without smoothing, needed its strength. "
+                "Fix: add --smoothing 0.5"
+            )
 
     def _require_types(self) -> None:
         for name, kinds in _FIELD_TYPES.items():
@@ -181,7 +245,24 @@ class QuantizationConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether `quantize` needs a `CalibrationSet`; a search does through its static scales."""
-        return self.gptq or self.smoothing is not None or self.activation_granularity in STATIC_GRANULARITIES
+        return (
+            self.gptq
+            or self.needs_survey
+            or self.bias_correction
+            or self.activation_granularity in STATIC_GRANULARITIES
+        )
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether the float model's inputs have to be known before anything is quantized."""
+        return self.smoothing is not None or self.centring or self.emphasis > 0
+
+    def group_size_for(self, width: int) -> int | None:
+        """Channels per group of a layer with `width` input channels; None without groups, `group_size` if none fits."""
+        if self.group_size is None or self.group_fit == "exact":
+            return self.group_size
+        fitting = [size for size in range(4, self.group_size + 1, 4) if width % size == 0]
+        return max(fitting, default=self.group_size)
 
     def replace(self, **changes: Any) -> QuantizationConfig:
         """A copy with some fields changed."""
@@ -250,18 +331,32 @@ class QuantizationConfig:
 
 
 #: Settings that came after format version 1: files that do not use them are what an older release reads.
-_ADDED: dict[str, Any] = {"smoothing": None, "low_rank": 0, "format_search": False, "modulation": True}
+_ADDED: dict[str, Any] = {
+    "smoothing": None,
+    "low_rank": 0,
+    "format_search": False,
+    "modulation": True,
+    "group_fit": "exact",
+    "activation_scale_rule": "absmax",
+    "scale_format": "float32",
+    "smoothing_statistic": "absmax",
+    "centring": False,
+    "emphasis": 0,
+    "bias_correction": False,
+}
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("weights", "activations", "weight_granularity", "activation_granularity", "rotation"), (str,)),
-    **dict.fromkeys(("format_granularity", "scale_rule"), (str,)),
+    **dict.fromkeys(("format_granularity", "scale_rule", "group_fit", "activation_scale_rule"), (str,)),
+    **dict.fromkeys(("scale_format", "smoothing_statistic"), (str,)),
     **dict.fromkeys(("fold_value_rotation", "gptq", "act_order", "format_search", "modulation"), (bool,)),
+    **dict.fromkeys(("centring", "bias_correction"), (bool,)),
     **dict.fromkeys(("include", "exclude"), (tuple,)),
     "group_size": (int, type(None)),
     "keep_dtype": (str, type(None)),
     "alpha": (float, int),
     "smoothing": (float, int, type(None)),
-    **dict.fromkeys(("low_rank", "seed"), (int,)),
+    **dict.fromkeys(("low_rank", "emphasis", "seed"), (int,)),
 }
 
 
@@ -280,6 +375,18 @@ BIT_WIDTHS: dict[str, tuple[int, int]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A6"
 
 _PAPER = QuantizationConfig()
 _NEAREST = QuantizationConfig(weights="int4", rotation="none", gptq=False)
+#: Beyond the paper, at its granularity: what follows from both operands being nearly normal after the rotation, and from
+#: some directions of an input mattering more than others.
+_PLUS = _PAPER.replace(
+    weights="lloyd-max",
+    scale_rule="mse-refit",
+    act_order=True,
+    smoothing=0.5,
+    smoothing_statistic="rms",
+    centring=True,
+    emphasis=8,
+    bias_correction=True,
+)
 
 #: The methods, at W4A4. hqdit is the paper: full rotation, format selection, GPTQ; those named after it lack one part
 #: or differ in one. The others are what it is compared with; docs/method.md has the source of each.
@@ -290,6 +397,16 @@ PRESETS: dict[str, QuantizationConfig] = {
     "smoothquant": _NEAREST.replace(smoothing=0.5),
     "fpq": _NEAREST.replace(weights="fp4", activations="fp4", activation_granularity="channel", format_search=True),
     "gptq": _NEAREST.replace(gptq=True),
+    "hqdit-plus": _PLUS.replace(
+        activation_scale_rule="clipped",
+        weight_granularity="group",
+        activation_granularity="group",
+        group_size=72,
+        group_fit="at-most",
+        scale_format="e4m3",
+    ),
+    "hqdit-plus-token": _PLUS.replace(activation_scale_rule="rms"),
+    "w4a8": _PAPER.replace(activations="int8"),
     "quarot": _PAPER.replace(weights="int4", scale_rule="mse"),
     "svdquant": _NEAREST.replace(smoothing=0.5, low_rank=32),
     "hqdit-no-rotation": _PAPER.replace(rotation="none"),

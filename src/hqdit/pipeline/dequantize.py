@@ -56,7 +56,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _float_layer(layer: HQLinear, dtype: torch.dtype) -> nn.Module:
-    weight, has_bias = layer.delivered_weight().to(dtype), layer.bias is not None
+    weight, bias = layer.delivered_weight().to(dtype), layer.delivered_bias()
+    has_bias = bias is not None
     replacement: nn.Linear | nn.Conv2d
     if isinstance(layer, HQPointwiseConv2d):
         replacement = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=has_bias, device="meta")
@@ -64,8 +65,8 @@ def _float_layer(layer: HQLinear, dtype: torch.dtype) -> nn.Module:
     else:
         replacement = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
     replacement.weight = nn.Parameter(weight)
-    if has_bias:
-        replacement.bias = nn.Parameter(layer.bias.to(dtype))
+    if bias is not None:
+        replacement.bias = nn.Parameter(bias.detach().to(dtype))
     return replacement.train(layer.training)
 
 

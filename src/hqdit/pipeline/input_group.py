@@ -12,22 +12,24 @@ from torch import Tensor, nn
 from hqdit.calibration.capture import BlockStream, InputConsumer
 from hqdit.formats.catalog import format_from_json
 from hqdit.formats.number_format import NumberFormat
-from hqdit.gptq.hessian import HessianAccumulator
+from hqdit.gptq.hessian import InputMoments
 from hqdit.gptq.solver import gptq_quantize
 from hqdit.kernels.activation import quantize_activation
 from hqdit.layers.matrix_layers import weight_matrix
 from hqdit.layers.pointwise_conv import quantized_class
 from hqdit.pipeline.config import SAME_AS_WEIGHTS, QuantizationConfig
-from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan
+from hqdit.pipeline.known_input import KnownInput
+from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan, activation_spec, weight_spec
 from hqdit.pipeline.record import QuantizationRecord
 from hqdit.pipeline.rotation_check import signs_of, weight_to_rotate
+from hqdit.pipeline.survey import TokenSample
+from hqdit.quantizers.emphasis import deemphasise_weight, emphasise
 from hqdit.quantizers.exponent_search import channel_shifts, search_exponents
 from hqdit.quantizers.format_selection import range_statistic, select_format
 from hqdit.quantizers.low_rank import BRANCH_DTYPE, low_rank_factors
-from hqdit.quantizers.quantized_tensor import QuantizedTensor, round_to_nearest, weight_scales
+from hqdit.quantizers.quantized_tensor import QuantizedTensor, refit_scales, round_to_nearest, weight_scales
 from hqdit.quantizers.scaling import MIN_SCALE
 from hqdit.quantizers.spec import STATIC_GRANULARITIES, ActivationSpec, LinearSpec, WeightSpec
-from hqdit.randomness import random_stream
 from hqdit.transforms.rotation import rotate, rotate_online
 
 #: Calibration tokens that the exponent search looks at.
@@ -80,7 +82,7 @@ class InputGroup:
         layers: the planned layers of this group.
         config: the request.
         stream: calibration inputs, or None if the request needs none.
-        input_scale: 1 / s of the smoothing, float32 (in_features,), or None.
+        known: what was found out about the input beforehand.
     """
 
     def __init__(
@@ -90,24 +92,27 @@ class InputGroup:
         layers: list[PlannedLayer],
         config: QuantizationConfig,
         stream: BlockStream | None,
-        input_scale: Tensor | None,
+        known: KnownInput,
     ) -> None:
         self._model, self._config, self._stream = model, config, stream
         self._first = layers[0]
         self._device = model.get_submodule(self._first.site.name).get_parameter("weight").device
         signs = signs_of(self._first, config.seed)
         self._signs = None if signs is None else signs.to(self._device)
-        self._input_scale = input_scale
+        self._input_scale = known.scale
         # Where earlier layers have absorbed the factors, inputs and weights are smoothed already.
-        self._applied_scale = input_scale if self._first.smoothing == "applied" else None
+        self._applied_scale = known.scale if self._first.smoothing == "applied" else None
+        self._shift, self._emphasis = known.shift, known.emphasis
         self._layers = [self._prepared(layer, plan) for layer in layers]
 
     def quantize(self, record: QuantizationRecord) -> None:
         """Replace the group's layers by quantized ones and note in `record` what happened."""
         choice = self._search() if self._config.format_search else self._choose()
-        hessian = self._hessian(choice) if self._config.gptq else None
+        moments = None
+        if self._config.gptq or self._config.bias_correction:
+            moments = self._moments(choice)
         for layer in self._layers:
-            self._replace(layer, choice, hessian, record)
+            self._replace(layer, choice, moments, record)
 
     def _prepared(self, layer: PlannedLayer, plan: QuantizationPlan) -> _Layer:
         float_layer = self._model.get_submodule(layer.site.name)
@@ -117,13 +122,23 @@ class InputGroup:
         branch = None
         if self._config.low_rank:
             branch, weight = _split_off_branch(weight, self._config.low_rank, self._applied_scale)
+        if self._shift is not None:
+            shift = self._shift if self._applied_scale is None else self._shift * self._applied_scale
+            taken = weight @ shift.to(torch.float64)
+            bias = taken if bias is None else bias + taken
+        if self._emphasis is not None:
+            weight = deemphasise_weight(weight, self._emphasis.directions)
         return _Layer(layer, rotate(weight, layer.rotation, self._signs), bias, branch)
 
     def _prepared_input(self, x: Tensor) -> Tensor:
-        """Smoothed and rotated, float32 (tokens, in_features)."""
+        """Centred, smoothed, emphasised and rotated, float32 (tokens, in_features)."""
         x = x.to(torch.float32)
+        if self._shift is not None:
+            x = x - self._shift
         if self._applied_scale is not None:
             x = x * self._applied_scale
+        if self._emphasis is not None:
+            x = emphasise(x, self._emphasis.directions)
         return rotate_online(x, self._first.rotation, self._signs)
 
     def _choose(self) -> _Choice:
@@ -166,7 +181,7 @@ class InputGroup:
         for layer, scale in zip(self._layers, torch.split(found.weight_scale, sizes), strict=True):
             layer.weight = layer.weight * channel_scale
             layer.scale = (scale * found.activation_scale).clamp_min(MIN_SCALE).unsqueeze(1)
-        activation = ActivationSpec(found.activation_format, "channel", None, self._first.smoothing)
+        activation = self._activation_of(found.activation_format)
         return _Choice(activation, channel_scale, None, found.weight_format, found.error)
 
     def _capture(self, consume: InputConsumer, what: str) -> None:
@@ -193,29 +208,19 @@ class InputGroup:
 
     def _token_sample(self) -> Tensor:
         """`SEARCH_TOKENS` inputs, or all if there are fewer, drawn evenly: float32 (tokens, in_features)."""
-        stream = random_stream(self._config.seed, f"search tokens/{self._first.site.input_group}")
-        tokens = torch.empty(0, self._first.in_features, device=self._device)
-        keys = torch.empty(0, dtype=torch.float64)
+        sample = TokenSample(SEARCH_TOKENS, self._config.seed, f"search tokens/{self._first.site.input_group}")
+        self._capture(sample.add, "search tokens")
+        return sample.tokens(self._first.in_features).to(self._device)
 
-        def collect(x: Tensor) -> None:
-            nonlocal tokens, keys
-            # Those with the smallest random keys are a sample without replacement, whatever the batches are.
-            together = torch.cat([keys, torch.from_numpy(stream.random(len(x)))])
-            chosen = together.argsort(stable=True)[:SEARCH_TOKENS]
-            tokens, keys = torch.cat([tokens, x])[chosen.to(self._device)], together[chosen]
-
-        self._capture(collect, "search tokens")
-        return tokens
-
-    def _hessian(self, choice: _Choice) -> Tensor:
-        accumulator = HessianAccumulator(self._first.in_features, self._device)
+    def _moments(self, choice: _Choice) -> InputMoments:
+        moments = InputMoments(self._first.in_features, self._device)
 
         def accumulate(x: Tensor) -> None:
             scaled = x if choice.channel_scale is None else x / choice.channel_scale
-            accumulator.add(quantize_activation(scaled, choice.activation, choice.static_scale).dequantize())
+            moments.add(scaled, quantize_activation(scaled, choice.activation, choice.static_scale).dequantize())
 
         self._capture(accumulate, "Hessian")
-        return accumulator.hessian
+        return moments
 
     def _activation_spec(self) -> ActivationSpec:
         """Format of the shared input: as asked, or the one that all the layers reading it would choose together."""
@@ -225,13 +230,19 @@ class InputGroup:
             together = torch.cat([layer.weight.reshape(1, -1) for layer in self._layers], dim=1)
             statistic = range_statistic(together, config.alpha)[0]
             fmt = select_format(statistic, config.activation_candidates)  # type: ignore[arg-type]
-        group_size = config.group_size if config.activation_granularity == "group" else None
-        return ActivationSpec(fmt, config.activation_granularity, group_size, self._first.smoothing)
+        return self._activation_of(fmt)
 
-    def _replace(self, layer: _Layer, choice: _Choice, hessian: Tensor | None, record: QuantizationRecord) -> None:
+    def _activation_of(self, fmt: NumberFormat) -> ActivationSpec:
+        """The specification of the shared input in the format `fmt`."""
+        rank = 0 if self._emphasis is None else len(self._emphasis.directions)
+        return activation_spec(self._config, fmt, self._first, rank)
+
+    def _replace(
+        self, layer: _Layer, choice: _Choice, moments: InputMoments | None, record: QuantizationRecord
+    ) -> None:
         """Quantize one layer, put it in the place of the float one, and note what happened."""
-        site, planned = layer.planned.site, layer.planned
-        weight_spec, format_index, facts = _weight_spec(layer.weight, self._config, choice.weight_format)
+        site, planned, config = layer.planned.site, layer.planned, self._config
+        weight_spec, format_index, facts = _weight_spec(layer.weight, config, choice.weight_format)
         spec = LinearSpec(
             site.name, planned.in_features, planned.out_features, weight_spec, choice.activation, planned.rotation
         )
@@ -241,7 +252,14 @@ class InputGroup:
             "zero_output_channels": int((source == 0).all(dim=1).sum()),
             "zero_input_channels": int((source == 0).all(dim=0).sum()),
         }
-        quantized, outcome = _quantize_weight(layer, hessian, spec, format_index, self._config)
+        hessian = None
+        if moments is not None and config.gptq:
+            # What the bias takes over needs no codes.
+            hessian = moments.centred_hessian if config.bias_correction else moments.hessian
+        quantized, outcome = _quantize_weight(layer, hessian, spec, format_index, config)
+        if moments is not None and config.bias_correction:
+            correction = layer.weight @ moments.mean - quantized.dequantize().double() @ moments.quantized_mean
+            layer.bias = correction if layer.bias is None else layer.bias + correction
         replacement = quantized_class(float_layer).from_quantized(
             spec,
             quantized,
@@ -251,6 +269,8 @@ class InputGroup:
             choice.static_scale,
             self._input_scale,
             layer.branch,
+            self._shift,
+            None if self._emphasis is None else self._emphasis.directions,
         )
         self._model.set_submodule(site.name, replacement.eval())
         entry = {"role": site.role, **facts, **zeros, **outcome, "arithmetic": spec.arithmetic}
@@ -258,6 +278,12 @@ class InputGroup:
             entry["search_error"] = choice.search_error
         if planned.smoothing != "none":
             entry["smoothing"] = planned.smoothing
+        if self._emphasis is not None:
+            entry["emphasis"] = {
+                "rank": len(self._emphasis.directions),
+                "error_share": self._emphasis.share,
+                "gain_db": self._emphasis.gain_db,
+            }
         record.layers[site.name] = entry
 
 
@@ -284,20 +310,19 @@ def _weight_spec(
         found: the format that a search has found, or None.
     """
     candidates = config.weight_candidates
-    group_size = config.group_size if config.weight_granularity == "group" else None
+    width = weight.shape[1]
     if config.format_granularity == "channel":
         statistics = range_statistic(weight, config.alpha)
         chosen = [candidates.index(select_format(s, candidates)) for s in statistics]  # type: ignore[arg-type]
         index = torch.tensor(chosen, dtype=torch.uint8, device=weight.device)
         counts = {fmt.name: chosen.count(position) for position, fmt in enumerate(candidates)}
         facts = {"statistic": _finite(sorted(statistics)[len(statistics) // 2]), "formats_of_channels": counts}
-        return WeightSpec(candidates, config.weight_granularity, group_size, config.low_rank), index, facts
+        return weight_spec(config, candidates, width), index, facts
     statistic = range_statistic(weight.reshape(1, -1), config.alpha)[0]
     fmt = found or (
         candidates[0] if len(candidates) == 1 else select_format(statistic, candidates)  # type: ignore[arg-type]
     )
-    spec = WeightSpec((fmt,), config.weight_granularity, group_size, config.low_rank)
-    return spec, None, {"statistic": _finite(statistic)}
+    return weight_spec(config, (fmt,), width), None, {"statistic": _finite(statistic)}
 
 
 def _finite(value: float) -> float | None:
@@ -312,7 +337,10 @@ def _quantize_weight(
     weight = layer.weight.to(torch.float32)
     scale = layer.scale
     if scale is None:
-        scale = weight_scales(weight, spec.weight, format_index, config.scale_rule)
+        rule = "mse" if config.scale_rule == "mse-refit" else config.scale_rule
+        scale = weight_scales(weight, spec.weight, format_index, rule)
+        if config.scale_rule == "mse-refit":
+            scale = refit_scales(weight, round_to_nearest(weight, scale, spec.weight, format_index))
     if hessian is None:
         return round_to_nearest(weight, scale, spec.weight, format_index), {"method": "nearest"}
     quantized, outcome = gptq_quantize(weight, hessian, scale, spec.weight, format_index, config.act_order, spec.name)

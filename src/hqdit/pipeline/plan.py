@@ -8,11 +8,13 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from hqdit.errors import UsageError
+from hqdit.formats.number_format import NumberFormat
 from hqdit.layers.linear import HQLinear
 from hqdit.layers.matrix_layers import is_matrix_layer, matrix_shape
 from hqdit.models.adapter import LinearSite, adapter_for
 from hqdit.models.precision import stays_in_float32
 from hqdit.pipeline.config import SELECT_FP4, QuantizationConfig
+from hqdit.quantizers.expected_scale import absmax_factor, rms_factor
 from hqdit.quantizers.spec import ActivationSpec, LinearSpec, WeightSpec, require_group_size
 from hqdit.transforms.rotation import RotationSpec, plan_rotation
 
@@ -68,6 +70,8 @@ def _policy(config: QuantizationConfig) -> str:
     parts = [weights, f"input {config.activations}"]
     parts += ["searched"] if config.format_search else []
     parts += [f"smoothed by alpha {config.smoothing:g}"] if config.smoothing is not None else []
+    parts += ["centred"] if config.centring else []
+    parts += [f"at most {config.emphasis} emphasised directions"] if config.emphasis else []
     parts += [f"16-bit branch of rank {config.low_rank}"] if config.low_rank else []
     return "; ".join(parts)
 
@@ -88,19 +92,49 @@ def _reason(site: LinearSite, model: nn.Module, config: QuantizationConfig) -> s
 
 def _draft(layer: PlannedLayer, config: QuantizationConfig) -> LinearSpec:
     """The layer's specification with the first candidate formats, which finds every fault that needs no data."""
-    weight_groups, activation_groups = (
-        config.group_size if granularity == "group" else None
-        for granularity in (config.weight_granularity, config.activation_granularity)
-    )
     return LinearSpec(
         layer.site.name,
         layer.in_features,
         layer.out_features,
-        WeightSpec(config.weight_candidates[:1], config.weight_granularity, weight_groups, config.low_rank),
-        ActivationSpec(
-            config.activation_candidates[0], config.activation_granularity, activation_groups, layer.smoothing
-        ),
+        weight_spec(config, config.weight_candidates[:1], layer.in_features),
+        activation_spec(config, config.activation_candidates[0], layer),
         layer.rotation,
+    )
+
+
+def weight_spec(config: QuantizationConfig, formats: tuple[NumberFormat, ...], width: int) -> WeightSpec:
+    """The specification of a weight of `width` input channels in `formats`, as `config` asks for it."""
+    group_size = config.group_size_for(width) if config.weight_granularity == "group" else None
+    scale_format = config.scale_format if group_size is not None else "float32"
+    return WeightSpec(formats, config.weight_granularity, group_size, config.low_rank, scale_format)
+
+
+def activation_spec(
+    config: QuantizationConfig, fmt: NumberFormat, layer: PlannedLayer, emphasis: int = 0
+) -> ActivationSpec:
+    """The specification of a layer's input in the format `fmt`, as `config` asks for it.
+
+    Args:
+        config: the request.
+        fmt: of the codes.
+        layer: its width and the place of its smoothing.
+        emphasis: rank of the emphasis that was chosen.
+    """
+    group_size = config.group_size_for(layer.in_features) if config.activation_granularity == "group" else None
+    factor = 1.0
+    if config.activation_scale_rule != "absmax":
+        of_rule = rms_factor if config.activation_scale_rule == "rms" else absmax_factor
+        factor = of_rule(fmt, group_size or layer.in_features)
+    return ActivationSpec(
+        fmt,
+        config.activation_granularity,
+        group_size,
+        layer.smoothing,
+        "rms" if config.activation_scale_rule == "rms" else "absmax",
+        factor,
+        config.scale_format if group_size is not None else "float32",
+        config.centring,
+        emphasis,
     )
 
 
@@ -140,7 +174,7 @@ def plan_quantization(model: nn.Module, config: QuantizationConfig) -> Quantizat
         folds = config.fold_value_rotation and site.head_dim is not None and site.value_site in chosen
         rotation = plan_rotation(config.rotation, in_features, site.name, site.head_dim if folds else None)
         if config.group_size is not None:
-            require_group_size(config.group_size, in_features, f"--group-size for {site.name}")
+            require_group_size(config.group_size_for(in_features), in_features, f"--group-size for {site.name}")
         smoothing = _smoothing_place(site, modulated, config)
         planned = PlannedLayer(site, in_features, out_features, rotation, _policy(config), smoothing)
         _draft(planned, config)

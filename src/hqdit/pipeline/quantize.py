@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hqdit.calibration.capture import BlockStream, CalibrationData
 from hqdit.errors import CheckpointError, NumericsError, UsageError
@@ -16,10 +16,10 @@ from hqdit.models.source import set_time_frequencies
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.finished_block import BlockStore, FinishedBlock
 from hqdit.pipeline.input_group import InputGroup
+from hqdit.pipeline.known_input import KnownInput, known_inputs
 from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan, plan_quantization
 from hqdit.pipeline.record import QuantizationRecord
 from hqdit.pipeline.rotation_check import require_rotation_is_exact
-from hqdit.pipeline.smoothing import smooth_model
 from hqdit.progress import track
 
 
@@ -68,9 +68,9 @@ def quantize(
             "model with prompts, or use gptq=False with dynamic scales"
         )
     record = QuantizationRecord(config, parameters=sum(p.numel() for p in model.parameters()))
-    input_scales: dict[str, Tensor] = {}
-    if config.smoothing is not None and calibration is not None:
-        input_scales = smooth_model(model, plan, calibration, config.smoothing, config.seed)
+    known: dict[str, KnownInput] = {}
+    if config.needs_survey and calibration is not None:
+        known = known_inputs(model, plan, calibration, config)
     record.dtypes = _storage_dtypes(model, config)
     if any(not layer.rotation.is_identity for layer in plan.layers):
         record.rotation_error = require_rotation_is_exact(model, plan, config.seed, calibration)
@@ -92,7 +92,7 @@ def quantize(
             finished.put_into(model, record)
         else:
             for name, group in groupby(layers, key=lambda layer: layer.site.input_group):
-                InputGroup(model, plan, list(group), config, stream, input_scales.get(name)).quantize(record)
+                InputGroup(model, plan, list(group), config, stream, known.get(name, KnownInput())).quantize(record)
             if blocks is not None:
                 blocks.keep(block, FinishedBlock.of(model, [layer.site.name for layer in layers], record))
         if stream is not None:

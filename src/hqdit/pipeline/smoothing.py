@@ -12,36 +12,43 @@ Source: SmoothQuant (arXiv 2211.10438), section 4; DiTAS (arXiv 2409.07756) for 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from hqdit.calibration.capture import BlockStream, CalibrationData
+from hqdit.calibration.capture import CalibrationData
 from hqdit.errors import NumericsError
 from hqdit.layers.matrix_layers import weight_matrix
 from hqdit.models.adapter import LinearSite, adapter_for
 from hqdit.numerics.error import relative_error
 from hqdit.pipeline.checkpoint import quantized_layers
+from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import QuantizationPlan
 from hqdit.pipeline.rotation_check import TOLERANCE, probe_call
+from hqdit.pipeline.survey import InputSurvey
 from hqdit.quantizers.smoothing import smoothing_factors
 
 
 @torch.no_grad()
 def smooth_model(
-    model: nn.Module, plan: QuantizationPlan, calibration: CalibrationData, alpha: float, seed: int
+    model: nn.Module,
+    plan: QuantizationPlan,
+    calibration: CalibrationData,
+    surveys: Mapping[str, InputSurvey],
+    config: QuantizationConfig,
 ) -> dict[str, Tensor]:
     """Fold smoothing factors into a float model wherever the plan says so; the model's function stays.
 
-    Factors come from the float model's own inputs. Layers that read one input share their factors.
+    Layers that read one input share their factors.
 
     Args:
         model: float32, changed in place.
         plan: the layers that will be quantized, with their places; the factors look at these layers.
-        calibration: inputs of the float model.
-        alpha: as in `quantizers.smoothing.smoothing_factors`.
-        seed: of the inputs on which the function is checked.
+        calibration: inputs of the float model, of which the first call checks that the function stays.
+        surveys: what is known of every input.
+        config: its smoothing, the statistic behind it, and its seed.
 
     Returns:
         Input group -> input_scale = 1 / s, float32 (in_features,): the smoothed input is x * input_scale. Where the
@@ -51,8 +58,7 @@ def smooth_model(
         NumericsError: calibration inputs that are not finite, or a fold that changed the model's function.
     """
     adapter = adapter_for(model)
-    stream = BlockStream(model, calibration, seed)
-    probes = probe_call(model, seed, "smoothing check", calibration)
+    probes = probe_call(model, config.seed, "smoothing check", calibration)
     assert probes is not None  # there is calibration data
     exact = probes.output(model)
     modulated = set(adapter.modulated_groups(model))
@@ -64,14 +70,13 @@ def smooth_model(
         for group, layers in groupby(ordered, key=lambda layer: layer.site.input_group):
             readers = list(layers)
             sites = [layer.site for layer in readers]
-            scales[group] = _input_scale(model, sites, stream, alpha)
+            scales[group] = _input_scale(model, sites, surveys[group], config)
             if readers[0].smoothing == "applied":
                 continue
             if group in modulated:
                 adapter.scale_modulated_channels(model, {group: scales[group]})
             else:
                 _scale_value_channels(model, sites, scales[group])
-        stream.advance(block)
     _require_same_function(exact, probes.output(model))
     return scales
 
@@ -109,16 +114,20 @@ def smoothed_twin(exact: nn.Module, quantized: nn.Module) -> nn.Module:
     return twin
 
 
-def _input_scale(model: nn.Module, readers: list[LinearSite], stream: BlockStream, alpha: float) -> Tensor:
+def _input_scale(
+    model: nn.Module, readers: list[LinearSite], survey: InputSurvey, config: QuantizationConfig
+) -> Tensor:
     """1 / s of one input, float32 (in_features,)."""
+    assert config.smoothing is not None  # the caller looked
     weights = torch.cat([weight_matrix(model.get_submodule(site.name)) for site in readers])
-    largest = torch.zeros(weights.shape[1], dtype=torch.float64, device=weights.device)
-
-    def collect(x: Tensor) -> None:
-        torch.maximum(largest, x.abs().amax(dim=0).to(torch.float64), out=largest)
-
-    stream.capture(readers[0], collect, f"smoothing of {readers[0].input_group}")
-    return smoothing_factors(largest, weights.abs().amax(dim=0), alpha).reciprocal().to(torch.float32)
+    if config.smoothing_statistic == "absmax":
+        factors = smoothing_factors(survey.absmax, weights.abs().amax(dim=0), config.smoothing)
+    else:
+        # The mean is subtracted before anything is rounded, so that it needs no range.
+        power = survey.mean_square - survey.mean.square() if config.centring else survey.mean_square
+        columns = weights.to(torch.float64).square().mean(dim=0).sqrt()
+        factors = smoothing_factors(power.clamp_min(0).sqrt(), columns, config.smoothing)
+    return factors.reciprocal().to(torch.float32)
 
 
 def _scale_value_channels(model: nn.Module, readers: list[LinearSite], factor: Tensor) -> None:

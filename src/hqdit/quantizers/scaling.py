@@ -25,23 +25,33 @@ def absmax(x: Tensor, fmt: NumberFormat) -> Tensor:
     return torch.where(torch.isfinite(magnitude), x.amax(dim=-1).clamp_min(0), magnitude)
 
 
-def absmax_scale(x: Tensor, fmt: NumberFormat) -> Tensor:
-    """Scale that maps the largest magnitude of each row to the largest level.
+def absmax_divisor(max_level: int, factor: float) -> float:
+    """What a largest magnitude is divided by, as float32: the largest level over the factor.
+
+    A quotient of the two, and not a product with the factor after the division, so that kernels divide once.
+    """
+    return max_level / factor
+
+
+def absmax_scale(x: Tensor, fmt: NumberFormat, factor: float = 1.0) -> Tensor:
+    """Scale that maps the largest magnitude of each row to the largest level, times `factor`.
 
     Args:
         x: floating point (..., n); for a one-sided format only positive values count.
+        fmt: the format.
+        factor: positive; below 1 the largest magnitudes saturate.
 
     Returns:
         float32 (...), at least `MIN_SCALE`; NaN for rows that hold a NaN or an infinity, so that no finite number
         can come out of them.
     """
     largest = absmax(x.to(torch.float32), fmt)
-    scale = (largest / fmt.max_level).clamp_min(MIN_SCALE)
+    scale = (largest / absmax_divisor(fmt.max_level, factor)).clamp_min(MIN_SCALE)
     return torch.where(torch.isfinite(largest), scale, torch.nan)
 
 
 def rms_scale(x: Tensor, factor: float) -> Tensor:
-    """Scale that is `factor` times the root mean square of each row, in units that saturate the tails.
+    """Scale that is `factor` times the root mean square of each row, so that tails may saturate.
 
     Args:
         x: floating point (..., n).

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from hqdit.errors import CheckpointError, HQDiTError, UsageError
 from hqdit.formats.catalog import format_from_json
@@ -19,8 +22,20 @@ ACTIVATION_GRANULARITIES = ("token", "group", "tensor", "channel", "channel-toke
 #: Those whose scales come from calibration data.
 STATIC_GRANULARITIES = ("tensor", "channel", "channel-token")
 
+#: Those that compute a scale for each token, or for each of its groups.
+DYNAMIC_GRANULARITIES = ("token", "group", "channel-token")
+
+#: What a dynamic scale is proportional to: the largest magnitude, or the root mean square.
+ACTIVATION_SCALE_RULES = ("absmax", "rms")
+#: How the scales of groups are kept: as they are, or in 8 bits relative to a unit that they share (see
+#: `quantizers.short_scales`).
+SCALE_FORMATS = ("float32", "e4m3")
+
 #: Where the factors that smooth a layer's input are applied: nowhere, by the layers before it, or by the layer.
 SMOOTHING_PLACES = ("none", "folded", "applied")
+
+#: The dtype in which the mean of a centred input is stored; what rounding takes from it the bias does not see.
+SHIFT_DTYPE = torch.bfloat16
 
 INT32_MAX = 2**31 - 1
 
@@ -49,12 +64,19 @@ class WeightSpec:
         granularity: one of `WEIGHT_GRANULARITIES`.
         group_size: input channels that share a scale; None unless the granularity is group.
         low_rank: rank of the 16-bit branch beside the codes, which then stand for what the branch leaves; 0 for none.
+        scale_format: one of `SCALE_FORMATS`; "e4m3" for granularity group only.
     """
 
     formats: tuple[NumberFormat, ...]
     granularity: str = "channel"
     group_size: int | None = None
     low_rank: int = 0
+    scale_format: str = "float32"
+
+    @property
+    def has_short_scales(self) -> bool:
+        """Whether scales are kept in 8 bits, relative to a unit of their output channel."""
+        return self.scale_format == "e4m3"
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Shape of the scales: (1, 1), (out_features, 1) or (out_features, groups)."""
@@ -65,12 +87,40 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Input of one layer; see `ACTIVATION_GRANULARITIES` and `SMOOTHING_PLACES`."""
+    """Input of one layer.
+
+    Attributes:
+        format: of the levels.
+        granularity: one of `ACTIVATION_GRANULARITIES`.
+        group_size: channels of a token that share a scale; None unless the granularity is group.
+        smoothing: one of `SMOOTHING_PLACES`.
+        scale_rule: one of `ACTIVATION_SCALE_RULES`, for dynamic scales.
+        scale_factor: a dynamic scale is this times absmax / top, or this times the root mean square. Below 1, the
+            largest numbers under absmax saturate.
+        scale_format: one of `SCALE_FORMATS`; "e4m3" for granularity group only.
+        is_centred: whether a static mean per channel is subtracted first; the bias holds what it stood for.
+        emphasis: number of directions in which the input is stretched before the rotation (`quantizers.emphasis`).
+    """
 
     format: NumberFormat
     granularity: str = "token"
     group_size: int | None = None
     smoothing: str = "none"
+    scale_rule: str = "absmax"
+    scale_factor: float = 1.0
+    scale_format: str = "float32"
+    is_centred: bool = False
+    emphasis: int = 0
+
+    @property
+    def has_dynamic_scale(self) -> bool:
+        """Whether each token, or each of its groups, gets a scale of its own."""
+        return self.granularity in DYNAMIC_GRANULARITIES
+
+    @property
+    def has_short_scales(self) -> bool:
+        """Whether the scales of a token's groups are rounded to 8 bits, relative to a unit of the token."""
+        return self.scale_format == "e4m3"
 
     @property
     def has_channel_scale(self) -> bool:
@@ -120,6 +170,8 @@ class LinearSpec:
                 f"{', '.join(SMOOTHING_PLACES)}. Fix: pick one of them"
             )
         self._require_rank()
+        self._require_emphasis()
+        self._require_scales()
         for side in (self.weight, self.activation):
             if side.granularity == "group":
                 require_group_size(side.group_size, self.in_features, self.name)
@@ -180,6 +232,51 @@ class LinearSpec:
                 "needed the unrotated input. Fix: use --no-fold-value-rotation"
             )
 
+    def _require_emphasis(self) -> None:
+        rank = self.activation.emphasis
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= self.in_features:
+            raise UsageError(
+                f"{self.name}: found {rank} emphasised directions on {self.in_features} input channels, needed an "
+                f"integer from 0 to {self.in_features}. Fix: change --emphasis or --exclude this layer"
+            )
+        if rank and self.rotation.is_folded:
+            raise UsageError(
+                f"{self.name}: found emphasised directions behind a rotation that is folded into the value projection, "
+                "needed the unrotated input. Fix: use --no-fold-value-rotation"
+            )
+
+    def _require_scales(self) -> None:
+        activation, factor = self.activation, self.activation.scale_factor
+        if activation.scale_rule not in ACTIVATION_SCALE_RULES:
+            raise UsageError(
+                f"{self.name}: found the activation scale rule {activation.scale_rule!r}, needed one of "
+                f"{', '.join(ACTIVATION_SCALE_RULES)}. Fix: pick one of them"
+            )
+        is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if not is_number or not 0 < factor < math.inf:
+            raise UsageError(
+                f"{self.name}: found the activation scale factor {factor!r}, needed a positive number. Fix: use 1 for "
+                "scales of the whole range, or less to let the largest numbers saturate"
+            )
+        if not activation.has_dynamic_scale and (activation.scale_rule, factor) != ("absmax", 1):
+            raise UsageError(
+                f"{self.name}: found the activation scale rule {activation.scale_rule!r} with factor {factor} and "
+                f"granularity {activation.granularity!r}, whose scales are static, needed one of "
+                f"{', '.join(DYNAMIC_GRANULARITIES)}. Fix: use one of these, or rule absmax with factor 1"
+            )
+        for what, side in (("weight", self.weight), ("activation", activation)):
+            if side.scale_format not in SCALE_FORMATS:
+                raise UsageError(
+                    f"{self.name}: found the {what} scale format {side.scale_format!r}, needed one of "
+                    f"{', '.join(SCALE_FORMATS)}. Fix: pick one of them"
+                )
+            if side.has_short_scales and side.granularity != "group":
+                raise UsageError(
+                    f"{self.name}: found {what} scales in {side.scale_format} with granularity {side.granularity!r}, "
+                    "needed granularity group, because such scales share a unit. Fix: use groups, or scale format "
+                    "float32"
+                )
+
     @property
     def is_int8(self) -> bool:
         """Whether the product runs as an exact int8 product; otherwise it runs dequantized in float32."""
@@ -203,10 +300,20 @@ class LinearSpec:
         for side, spec in ((weight, self.weight), (activation, self.activation)):
             if spec.group_size is not None:
                 side["group_size"] = spec.group_size
+            if spec.scale_format != "float32":
+                side["scale_format"] = spec.scale_format
         if self.weight.low_rank:
             weight["low_rank"] = self.weight.low_rank
         if self.activation.smoothing != "none":
             activation["smoothing"] = self.activation.smoothing
+        if self.activation.scale_rule != "absmax":
+            activation["scale_rule"] = self.activation.scale_rule
+        if self.activation.scale_factor != 1:
+            activation["scale_factor"] = self.activation.scale_factor
+        if self.activation.is_centred:
+            activation["is_centred"] = True
+        if self.activation.emphasis:
+            activation["emphasis"] = self.activation.emphasis
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -236,12 +343,18 @@ class LinearSpec:
                     weight["granularity"],
                     weight.get("group_size"),
                     weight.get("low_rank", 0),
+                    weight.get("scale_format", "float32"),
                 ),
                 ActivationSpec(
                     format_from_json(activation["format"]),
                     activation["granularity"],
                     activation.get("group_size"),
                     activation.get("smoothing", "none"),
+                    activation.get("scale_rule", "absmax"),
+                    activation.get("scale_factor", 1.0),
+                    activation.get("scale_format", "float32"),
+                    activation.get("is_centred", False),
+                    activation.get("emphasis", 0),
                 ),
                 RotationSpec.from_json(rotation, int(value["in_features"])),
             )
