@@ -61,7 +61,7 @@ from hqdit.sampling.noise import SAMPLE
 from hqdit.sampling.sampler import generate_images
 
 #: Measured where they exist, unless `--presets` names others.
-WANTED_PRESETS = ("hqdit-plus", "hqdit", "minmax", "svdquant")
+WANTED_PRESETS = ("hqdit-plus", "hqdit-plus-token", "hqdit", "w4a8", "minmax", "svdquant")
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,7 @@ class Peer:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: SDNQ with quantized inputs: in the dtype that it takes by itself (E4M3 for float weights, INT8 for integers), and
-#: float weights in INT8 products too, whose inputs are finer.
-SDNQ_DTYPES: dict[str, dict[str, Any]] = {
-    "float4_e2m1fn": {"weights_dtype": "float4_e2m1fn"},
-    "float4_e2m1fn in int8": {"weights_dtype": "float4_e2m1fn", "quantized_matmul_dtype": "int8"},
-    "int4": {"weights_dtype": "int4"},
-    "uint4": {"weights_dtype": "uint4"},
-}
+SDNQ_DTYPES = ("float4_e2m1fn", "int4", "uint4")
 #: SDNQ's own rank, 32, is a quarter of these models' width, so that the branch outweighs the codes; `LOW_RANK` is the
 #: share of the width that rank 32 is on DiT-XL/2. Both are measured. Its own groups are of 64 channels, or whole rows
 #: where a width has no divisor that it tries.
@@ -93,8 +86,8 @@ SDNQ_VARIANTS: dict[str, dict[str, Any]] = {
     ", Hadamard, SVD 32": {"use_hadamard": True, "use_svd": True, "svd_rank": 32},
     ", Hadamard, groups of 32": {"use_hadamard": True, "group_size": 32},
 }
-#: What SDNQ does when it is asked for no more than 4-bit weights: inputs stay in float.
-SDNQ_WEIGHTS_ONLY = ("float4_e2m1fn", "int4", "uint4")
+#: Inputs are quantized in the dtype that SDNQ takes by itself: E4M3 for float weights, INT8 for integers.
+SDNQ_PRODUCT = {"use_quantized_matmul": True}
 #: The last two are made for other machines or widths, and may not run.
 TORCHAO = {
     "torchao int8 weights, int8 dynamic": "Int8DynamicActivationInt8WeightConfig",
@@ -111,14 +104,28 @@ CONTROL_DB = 100.0
 PEERS = (
     CONTROL,
     *(
-        Peer(f"SDNQ {dtype}{variant}", "sdnq", {"use_quantized_matmul": True, **options, **more})
-        for dtype, options in SDNQ_DTYPES.items()
-        for variant, more in SDNQ_VARIANTS.items()
+        Peer(f"SDNQ {dtype}{variant}", "sdnq", {"weights_dtype": dtype, **SDNQ_PRODUCT, **options})
+        for dtype in SDNQ_DTYPES
+        for variant, options in SDNQ_VARIANTS.items()
     ),
+    # The inputs of INT8 products are finer than those in E4M3.
     *(
-        Peer(f"SDNQ {dtype}{variant}, weights only", "sdnq", {"weights_dtype": dtype, **SDNQ_VARIANTS[variant]})
-        for dtype in SDNQ_WEIGHTS_ONLY
+        Peer(
+            f"SDNQ float4_e2m1fn in int8{variant}",
+            "sdnq",
+            {
+                "weights_dtype": "float4_e2m1fn",
+                "quantized_matmul_dtype": "int8",
+                **SDNQ_PRODUCT,
+                **SDNQ_VARIANTS[variant],
+            },
+        )
         for variant in ("", SDNQ_BOTH)
+    ),
+    # What SDNQ does when it is asked for no more than 4-bit weights: inputs stay in float.
+    *(
+        Peer(f"SDNQ {dtype}{SDNQ_BOTH}, weights only", "sdnq", {"weights_dtype": dtype, **SDNQ_VARIANTS[SDNQ_BOTH]})
+        for dtype in SDNQ_DTYPES
     ),
     *(Peer(name, "torchao", {"config": config}) for name, config in TORCHAO.items()),
 )
@@ -142,7 +149,7 @@ def main() -> None:
     peers = [peer for peer in PEERS if peer is CONTROL or args.peers in peer.name]
     torch.set_num_threads(1)
     silence_diffusers()
-    start = time.perf_counter()
+    start, environment = time.perf_counter(), describe_environment()  # of the code that runs now
     with TemporaryDirectory() as work, quiet():
         lab = Laboratory(ResultCache(Path(work) / "cache"), Path(work), args.seed, tell=tell)
         comparison = Comparison(lab, subjects, Path(work))
@@ -157,11 +164,7 @@ def main() -> None:
         "low_rank": LOW_RANK,
     }
     options = {peer.name: {"library": peer.library, **peer.options} for peer in peers}
-    environment = {
-        **describe_environment(),
-        "backend": current_backend().description,
-        "peers": comparison.versions,
-    }
+    environment |= {"backend": current_backend().description, "peers": comparison.versions}
     result = record(found, options, config, environment, time.perf_counter() - start)
     args.out.mkdir(parents=True, exist_ok=True)
     publish_text(args.out / RECORD_NAME, result.to_text())

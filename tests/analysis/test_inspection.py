@@ -44,6 +44,16 @@ def test_a_float_model_is_refused(tmp_path):
         ({}, 4 + 32 / 72),
         ({"activations": "int8"}, 8 + 32 / 72),
         ({"weight_granularity": "group", "activation_granularity": "group", "group_size": 36}, 4 + 32 / 36),
+        # Two scales of 8 bits and the exponent of their unit.
+        (
+            {
+                "weight_granularity": "group",
+                "activation_granularity": "group",
+                "group_size": 36,
+                "scale_format": "e4m3",
+            },
+            4 + 24 / 72,
+        ),
     ],
 )
 def test_bits_per_input_count_codes_and_dynamic_scales(changes, bits):

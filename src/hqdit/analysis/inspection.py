@@ -29,13 +29,15 @@ def bits_per_weight(model: nn.Module) -> float:
 
 
 def bits_per_input(layer: HQLinear) -> float:
-    """Bits of the codes and of the dynamic scales, float32, per number that a layer reads.
+    """Bits of the codes and of the dynamic scales per number that a layer reads.
 
     Static scales are part of the layer, and `bits_per_weight` counts them.
     """
     spec = layer.spec.activation
-    scales = {"token": 1, "channel-token": 1, "group": layer.in_features // (spec.group_size or layer.in_features)}
-    return spec.format.bits + 8 * FLOAT32_BYTES * scales.get(spec.granularity, 0) / layer.in_features
+    scales = layer.in_features // spec.group_size if spec.group_size else int(spec.has_dynamic_scale)
+    # Short scales have 8 bits each, and the exponent of the unit that a token's scales share has 8.
+    scale_bits = 8 * (scales + 1) if spec.has_short_scales else 8 * FLOAT32_BYTES * scales
+    return spec.format.bits + scale_bits / layer.in_features
 
 
 def size_facts(model: nn.Module, folder: ModelFolder) -> dict[str, Any]:
