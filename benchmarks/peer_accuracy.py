@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -131,6 +134,8 @@ PEERS = (
 )
 
 PROGRAM = Path("benchmarks/peers/accuracy_peer.py")
+#: What a peer's results depend on besides its options, the model and our own code.
+PEER_FILES = (PROGRAM, Path("benchmarks/peers/requirements.txt"), Path("constraints.txt"))
 IMAGES = 64
 #: The longer of the two probes of a layer; no layer reads fewer vectors in this measurement.
 PROBE_ROWS = "64"
@@ -140,6 +145,7 @@ def main() -> None:
     existing = [name for name in WANTED_PRESETS if name in PRESETS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the record")
+    parser.add_argument("--work", type=Path, default=Path("build/peer_accuracy"), help="folder of finished results")
     parser.add_argument("--presets", nargs="+", default=existing, choices=sorted(PRESETS), metavar="PRESET")
     parser.add_argument("--subjects", nargs="+", default=[s.name for s in SUBJECTS], metavar="MODEL")
     parser.add_argument("--peers", default="", metavar="TEXT", help="only peers whose names contain it")
@@ -151,7 +157,7 @@ def main() -> None:
     silence_diffusers()
     start, environment = time.perf_counter(), describe_environment()  # of the code that runs now
     with TemporaryDirectory() as work, quiet():
-        lab = Laboratory(ResultCache(Path(work) / "cache"), Path(work), args.seed, tell=tell)
+        lab = Laboratory(ResultCache(args.work), Path(work), args.seed, tell=tell)
         comparison = Comparison(lab, subjects, Path(work))
         comparison.measure_ours(args.presets)
         for peer in peers:
@@ -162,6 +168,7 @@ def main() -> None:
         "images": IMAGES,
         "presets": args.presets,
         "low_rank": LOW_RANK,
+        "results_from_cache": lab.cache.misses == 0,
     }
     options = {peer.name: {"library": peer.library, **peer.options} for peer in peers}
     environment |= {"backend": current_backend().description, "peers": comparison.versions}
@@ -178,7 +185,7 @@ def tell(text: str) -> None:
 
 
 class Comparison:
-    """Runs every method on every subject.
+    """Runs every method on every subject; a run that was cut off goes on from what the laboratory's cache keeps.
 
     Args:
         lab: gives inputs, float images, calibration data and quantized models.
@@ -200,29 +207,52 @@ class Comparison:
         for subject, site in self._sites.items():
             self.found[subject].references += self._references(subject)
             for name in presets:
-                self._tell(name, subject)
-                model = self._lab.quantized(subject, method_config(name))
-                layers = quantized_layers(model)
-                bits = weighted_mean({at: bits_per_input(layer) for at, layer in layers.items()}, site.numbers)
-                codes = max(fmt.bits for layer in layers.values() for fmt in layer.spec.weight.formats)
-                row = Row(name, bits_per_weight(model), bits, codes, **self._scores(subject, model))
+                compute = partial(self._preset_row, name, subject, site)
+                row, _ = self._kept(name, subject, {"preset": method_config(name).to_json()}, compute)
                 self.found[subject].presets.append(row)
 
+    def _kept(
+        self, name: str, subject: Subject, method: Mapping[str, Any], compute: Callable[[], tuple[Row, dict[str, Any]]]
+    ) -> tuple[Row, dict[str, Any]]:
+        """What `compute` returns, from the cache if an earlier run has finished it."""
+        self._lab.tell(f"{subject.name}: {name}")
+        key = {"what": "peer accuracy", "subject": subject.name, "images": IMAGES, **self._lab.settings}
+
+        def measure() -> dict[str, Any]:
+            row, said = compute()
+            return {"row": dataclasses.asdict(row), "said": said}
+
+        found = self._lab.cache.numbers({**key, "name": name, **method}, measure)
+        return Row(**found["row"]), found["said"]
+
+    def _preset_row(self, name: str, subject: Subject, site: Site) -> tuple[Row, dict[str, Any]]:
+        model = self._lab.quantized(subject, method_config(name))
+        layers = quantized_layers(model)
+        bits = weighted_mean({at: bits_per_input(layer) for at, layer in layers.items()}, site.numbers)
+        codes = max(fmt.bits for layer in layers.values() for fmt in layer.spec.weight.formats)
+        return Row(name, bits_per_weight(model), bits, codes, **self._scores(subject, model)), {}
+
     def measure_peer(self, peer: Peer) -> None:
-        """One process for all subjects; a new one after an error."""
+        """One process for all subjects, started when it is needed; a new one after an error."""
         process: Contender | None = None
+        method = {"peer": {"library": peer.library, **peer.options}, "files": digest(PEER_FILES)}
+
+        def compute(subject: Subject) -> tuple[Row, dict[str, Any]]:
+            nonlocal process
+            process = process or self._start(peer)
+            return self._peer_row(peer, process, subject)
+
         try:
             for subject in self._sites:
-                self._tell(peer.name, subject)
                 try:
-                    process = process or self._start(peer)
-                    row, said = self._peer_row(peer, process, subject)
+                    row, said = self._kept(peer.name, subject, method, partial(compute, subject))
                 except HQDiTError as error:
                     self.found[subject].failures[peer.name] = str(error)
                     if process is not None:
                         process.kill()
                     process = None
                     continue
+                self.versions = said.pop("versions")
                 self.found[subject].said[peer.name] = said
                 if peer is CONTROL:
                     require_control(row)
@@ -239,9 +269,7 @@ class Comparison:
                 f"{peer.name}: found no environment of the peers, needed {PEERS_PYTHON}. Fix: make bench-peers"
             )
         command = [PEERS_PYTHON, PROGRAM, peer.library, "--options", json.dumps(dict(peer.options))]
-        process = Contender(peer.name, command, self._work / "peer.log")
-        self.versions = process.ready["versions"]
-        return process
+        return Contender(peer.name, command, self._work / "peer.log")
 
     def _peer_row(self, peer: Peer, process: Contender, subject: Subject) -> tuple[Row, dict[str, Any]]:
         """The peer's row, and what it and the probes say of its layers.
@@ -272,6 +300,7 @@ class Comparison:
             **self._scores(subject, self._remote(subject, process)),
         )
         said = {
+            "versions": process.ready["versions"],
             "float_layers": [name for name in site.layers if name not in facts],
             "memory_bits_per_weight": weighted_mean(
                 {name: fact["memory_bits"] for name, fact in facts.items()}, site.weights
@@ -307,7 +336,9 @@ class Comparison:
         images = generate_images(model, subject.scheduler, None, classes, lab.sampling, lab.seed, SAMPLE, IMAGE_BATCH)
         return {
             "eps_sqnr_db": {branch: (found.value, found.low, found.high) for branch, found in intervals.items()},
-            "eps_noise_powers": {branch: powers.noise.sum(axis=0) for branch, powers in noise.branches.items()},
+            "eps_noise_powers": {
+                branch: powers.noise.sum(axis=0).tolist() for branch, powers in noise.branches.items()
+            },
             "psnr_db": psnr_of_images(lab.samples(subject, None, IMAGES), images),
         }
 
@@ -320,9 +351,6 @@ class Comparison:
             Row(FLOAT32, FLOAT_BITS, FLOAT_BITS, None, exact, [math.inf] * IMAGES),
             Row(FLOOR, None, None, None, floor, psnr_of_images(own, other)),
         ]
-
-    def _tell(self, method: str, subject: Subject) -> None:
-        self._lab.tell(f"{subject.name}: {method}")
 
 
 class Site:
@@ -373,6 +401,10 @@ def linearity_db(probes: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
         if which == "first":
             found.setdefault(rows, {})[layer] = sqnr_db(tensor, probes[f"{layer}/{rows}/second"])
     return found
+
+
+def digest(files: Sequence[Path]) -> str:
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def classes_in_turn(subject: Subject) -> list[int]:
