@@ -217,9 +217,9 @@ def figure(found: Found) -> Bars:
     rows = (*found.presets, *found.peers)
     value, low, high = (tuple(row.eps_sqnr_db[JUDGED][k] for row in rows) for k in range(3))
     return Bars(
-        f"Methods on {found.subject}",
+        f"Noise prediction after guidance 1.5, {found.subject}",
         tuple(row.name for row in rows),
-        "SQNR of the noise prediction, guided 1.5 (dB)",
+        "SQNR (dB)",
         (Series("guided 1.5", y=value, low=low, high=high),),
         "whiskers: 95 % bootstrap intervals over trajectories",
     )
