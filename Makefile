@@ -4,6 +4,9 @@ PYTHON ?= $(shell if python3.11 -c '' 2>/dev/null; then echo python3.11; else ec
 
 JSON ?= benchmarks/results/cpu.json
 
+# `make peer-accuracy PRESETS='hqdit minmax'`; without it, those that the script wants and that exist.
+PRESETS ?=
+
 # `make reproduce QUICK=1` takes minutes instead of an hour.
 EXPERIMENTS ?= all
 REPRODUCED ?= reproduced
@@ -28,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest native-test bench bench-peers lint soak soak-records estimates reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress records readme support-matrix package clean
+.PHONY: help demo test test-oldest native-test bench bench-peers lint soak soak-records estimates reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress peer-accuracy records readme support-matrix package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-25s%s\n", $$1, $$2}'
@@ -93,6 +96,11 @@ check-shapes: $(VENV)/.stamp-train ## measure the bundled shapes model in the sa
 
 stress: $(VENV)/.stamp-run ## measure what activation outliers cost (c = 1, 10, 30, 100) and write the record
 	$(BIN)/python benchmarks/outlier_stress.py --json docs/records/outlier_stress.json
+
+# Without the peers' environment every peer is recorded as absent.
+peer-accuracy: $(VENV)/.stamp-run ## measure the accuracy of presets beside other libraries; PRESETS='NAME...'
+	-$(MAKE) bench-peers
+	$(BIN)/python benchmarks/peer_accuracy.py --out docs/records/peer_accuracy $(if $(PRESETS),--presets $(PRESETS))
 
 records: demo stress ## run demo and stress, keep their records and picture, and write README's tables from them
 	cp demo/record.json docs/records/demo.json

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from tiny import tiny_dit
 
-from hqdit.analysis.inspection import inspect_checkpoint
+from hqdit.analysis.inspection import bits_per_input, inspect_checkpoint
 from hqdit.errors import CheckpointError
-from hqdit.pipeline.checkpoint import save
+from hqdit.pipeline.checkpoint import quantized_layers, save
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.quantize import quantize
 
@@ -36,3 +36,26 @@ def test_a_float_model_is_refused(tmp_path):
     save(tiny_dit(), tmp_path / "float")
     with pytest.raises(CheckpointError, match="float model"):
         inspect_checkpoint(tmp_path / "float")
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({}, 4 + 32 / 72),
+        ({"activations": "int8"}, 8 + 32 / 72),
+        ({"weight_granularity": "group", "activation_granularity": "group", "group_size": 36}, 4 + 32 / 36),
+        # Two scales of 8 bits and the exponent of their unit.
+        (
+            {
+                "weight_granularity": "group",
+                "activation_granularity": "group",
+                "group_size": 36,
+                "scale_format": "e4m3",
+            },
+            4 + 24 / 72,
+        ),
+    ],
+)
+def test_bits_per_input_count_codes_and_dynamic_scales(changes, bits):
+    model = quantize(tiny_dit(num_layers=1), QuantizationConfig(weights="e2m1", gptq=False).replace(**changes))
+    assert bits_per_input(quantized_layers(model)["transformer_blocks.0.attn1.to_q"]) == pytest.approx(bits)

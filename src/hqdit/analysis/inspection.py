@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hqdit.errors import CheckpointError
+from hqdit.layers.linear import HQLinear
 from hqdit.models.source import ModelFolder, find_model
 from hqdit.models.weights import weight_files
 from hqdit.pipeline.checkpoint import load_folder, quantized_layers
@@ -25,6 +26,18 @@ def bits_per_weight(model: nn.Module) -> float:
     layers = quantized_layers(model).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return 8 * sum(layer.storage_bytes for layer in layers) / weights
+
+
+def bits_per_input(layer: HQLinear) -> float:
+    """Bits of the codes and of the dynamic scales per number that a layer reads.
+
+    Static scales are part of the layer, and `bits_per_weight` counts them.
+    """
+    spec = layer.spec.activation
+    scales = layer.in_features // spec.group_size if spec.group_size else int(spec.has_dynamic_scale)
+    # Short scales have 8 bits each, and the exponent of the unit that a token's scales share has 8.
+    scale_bits = 8 * (scales + 1) if spec.has_short_scales else 8 * FLOAT32_BYTES * scales
+    return spec.format.bits + scale_bits / layer.in_features
 
 
 def size_facts(model: nn.Module, folder: ModelFolder) -> dict[str, Any]:

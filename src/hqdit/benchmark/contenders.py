@@ -57,25 +57,12 @@ class Contender:
         command: list[str | Path] = [PEERS_PYTHON, PEERS_PROGRAM, *options]
         return cls(name, [*command, "--model", model, "--inputs", inputs, "--threads", str(threads)], log)
 
-    def seconds(self) -> float:
-        """Time of one forward pass."""
-        return float(self._ask({"op": "time", "repeats": 1})["seconds"][0])
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request and return its answer.
 
-    def write_output(self, path: Path) -> None:
-        """Write the output of a forward pass as a NumPy file."""
-        self._ask({"op": "output", "path": str(path)})
-
-    def profile(self, repeats: int) -> dict[str, float]:
-        """Where the time of a forward pass goes; ours only."""
-        return dict(self._ask({"op": "profile", "repeats": repeats})["seconds"])
-
-    def kill(self) -> None:
-        """End the process at once, whatever it is doing."""
-        self._process.kill()
-        with self._process:  # waits, and closes the pipes
-            pass
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        Raises:
+            EnvironmentUnavailable: the process has ended, or says that it cannot answer; it is killed.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -83,6 +70,24 @@ class Contender:
         except BrokenPipeError:
             pass  # it has ended: reading says why
         return self._read()
+
+    def seconds(self) -> float:
+        """Time of one forward pass."""
+        return float(self.ask({"op": "time", "repeats": 1})["seconds"][0])
+
+    def write_output(self, path: Path) -> None:
+        """Write the output of a forward pass as a NumPy file."""
+        self.ask({"op": "output", "path": str(path)})
+
+    def profile(self, repeats: int) -> dict[str, float]:
+        """Where the time of a forward pass goes; ours only."""
+        return dict(self.ask({"op": "profile", "repeats": repeats})["seconds"])
+
+    def kill(self) -> None:
+        """End the process at once, whatever it is doing."""
+        self._process.kill()
+        with self._process:  # waits, and closes the pipes
+            pass
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
