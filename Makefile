@@ -39,8 +39,9 @@ help: ## list the targets
 demo: $(VENV)/.stamp-run ## quantize the bundled model, compare and write demo/
 	$(BIN)/hqdit demo --out demo --overwrite
 
-test: $(VENV)/.stamp-dev ## run the test suite
-	$(BIN)/python -m pytest
+# Tests are many small ones, in which a second process gains more than a second thread.
+test: $(VENV)/.stamp-dev ## run the test suite, a process for each core (at most 4)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-oldest: $(OLDEST_VENV)/.stamp ## run the tests of the diffusers backend with the oldest diffusers that it works with
 	$(OLDEST_VENV)/bin/python -m pytest tests/integrations
