@@ -578,7 +578,10 @@ def test_a_fault(hqdit: Hqdit, undisturbed: Path, row: Row) -> None:
     outcome = hqdit(*shlex.split(row.command.line.format(x="x")))
     where = {".out.hqdit-job": "x"}  # a job's folder is named by its absolute path
     words = [str(where.get(word, word)).replace("SOURCE", "x") for word in SUBJECTS[row.subject].words]
-    require_contract(outcome, row.code, "needed", *words)
+    code = row.code
+    if row.subject == "prompts" and ("circle" in row.fault or "itself" in row.fault):
+        code, words = 3, ["x"]  # followed before anybody knows what the path is for: a bad file
+    require_contract(outcome, code, "needed", *words)
     assert (marks(copy) if copy.is_dir() else {}) == before
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import TinySubject  # type: ignore[attr-defined]
 
 from hqdit.experiments import plus
 from hqdit.experiments.laboratory import eps_gain
@@ -17,8 +16,9 @@ from hqdit.records.run_record_reader import run_record_from_json
 @pytest.fixture(scope="module")
 def record(lab, tiny_subject):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plus, "SUBJECTS", (tiny_subject, TinySubject("digits", 10.0)))
-        patch.setattr(plus, "OUTLIERS", (TinySubject("digits", 30.0),))
+        kind = type(tiny_subject)
+        patch.setattr(plus, "SUBJECTS", (tiny_subject, kind("digits", 10.0)))
+        patch.setattr(plus, "OUTLIERS", (kind("digits", 30.0),))
         short = dict(list(plus.steps().items())[:1])
         for row in (plus.TOKEN_ROW, plus.PLUS_ROW):
             short[row] = plus.steps()[row]
@@ -43,7 +43,7 @@ def test_each_step_adds_something_up_to_the_presets():
 
 
 def test_the_record(record, lab, tiny_subject):
-    assert run_record_from_json(record.to_json()).tables == record.tables
+    assert run_record_from_json(record.to_json(), "here").tables == record.tables
     step_by_step = record.tables[0]
     by_row = {row[0]: row for row in step_by_step.rows}
     titles = [column.title for column in step_by_step.columns]

@@ -189,7 +189,7 @@ def test_which_formats_are_signed() -> None:
     assert [fmt for fmt in ALL if not fmt.is_signed] == [TableFormat(ONE_SIDED_TABLE)]
 
 
-@pytest.mark.parametrize("name", FORMAT_NAMES)
+@pytest.mark.parametrize("name", [name for name in FORMAT_NAMES if name != "lloyd-max"])  # which is a table
 def test_name_says_exponent_and_mantissa(name: str) -> None:
     fmt = format_from_json(name)
     assert str(fmt) == fmt.name == name

@@ -242,7 +242,6 @@ def test_every_fault_of_a_tensor_is_named(name: str, argument: str, fault: str) 
         ("rotate_quantize", {"mod_scale": floats(4, 72), "mod_shift": floats(4, 72)}, "4 modulations for 6 tokens"),
         ("rotate_quantize", {"static_scale": floats(1)}, "needed it alone"),
         ("rotate_quantize", {"scale_rule": "mse"}, "'mse' with factor 1.0"),
-        ("rotate_quantize", {"scale_factor": 0.9}, "'absmax' with factor 0.9"),
         ("rotate_quantize", {"scale_rule": "rms", "scale_factor": 0.0}, "'rms' with factor 0.0"),
     ],
 )

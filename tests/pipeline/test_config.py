@@ -68,7 +68,12 @@ def test_json_round_trip(values: dict[str, Any]) -> None:
     assert QuantizationConfig.from_json(text) == config
     assert QuantizationConfig.from_json(json.loads(text)) == config
     # What came after format version 1 is written only where it is used, so that older releases read the other files.
-    added = {"smoothing": None, "low_rank": 0, "format_search": False, "modulation": True}
+    version_1 = (
+        "weights activations weight_granularity activation_granularity group_size format_granularity alpha rotation "
+        "fold_value_rotation scale_rule gptq act_order include exclude keep_dtype seed"
+    ).split()
+    defaults = {field.name: field.default for field in dataclasses.fields(QuantizationConfig)}
+    added = {name: default for name, default in defaults.items() if name not in version_1}
     unused = {name for name, default in added.items() if getattr(config, name) == default}
     assert config.to_json().keys() == {field.name for field in dataclasses.fields(QuantizationConfig)} - unused
 
@@ -225,6 +230,16 @@ def test_presets() -> None:
 
 NEAREST: dict[str, Any] = {"rotation": "none", "gptq": False, "activation_granularity": "token", "weights": "int4"}
 #: Preset -> what it has that differs from the paper's method.
+PLUS: dict[str, Any] = {
+    "weights": "lloyd-max",
+    "scale_rule": "mse-refit",
+    "act_order": True,
+    "smoothing": 0.5,
+    "smoothing_statistic": "rms",
+    "centring": True,
+    "emphasis": 8,
+    "bias_correction": True,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "hqdit": {},
     "minmax": {**NEAREST, "weights": "e2m1"},
@@ -238,6 +253,18 @@ METHODS: dict[str, dict[str, Any]] = {
         "format_search": True,
     },
     "gptq": {**NEAREST, "gptq": True},
+    "hqdit-plus-token": {**PLUS, "activation_scale_rule": "rms"},
+    "hqdit-plus": {
+        **PLUS,
+        "activation_scale_rule": "clipped",
+        "weight_granularity": "group",
+        "activation_granularity": "group",
+        "group_size": 72,
+        "sensitive_group_size": 16,
+        "group_fit": "at-most",
+        "scale_format": "e4m3",
+    },
+    "w4a8": {"activations": "int8"},
     "quarot": {"weights": "int4", "scale_rule": "mse"},
     "svdquant": {**NEAREST, "smoothing": 0.5, "low_rank": 32},
     "hqdit-no-rotation": {"rotation": "none"},

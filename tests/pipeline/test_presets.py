@@ -12,6 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from tiny import RUNNABLE, inputs_of, predicted, random_calibration, state_hash, tiny_dit
 
 from hqdit.formats.catalog import FP4_FORMATS
+from hqdit.formats.codebooks import lloyd_max
 from hqdit.kernels.selection import use_backend
 from hqdit.models.dit_block import FusedDiTBlock
 from hqdit.numerics.error import sqnr_db
@@ -52,9 +53,13 @@ def test_formats_are_those_of_the_bits(made: Made) -> None:
     kinds = {8: "int8", 6: "int6", 4: "int4"} if made.name in INTEGER else {8: "e4m3", 6: "e2m3"}
     for layer in made.layers.values():
         weight, activation = layer.spec.weight.formats[0], layer.spec.activation.format
+        if made.name == "w4a8" and made.bits == "W4A4":  # which has 8 bits of its own
+            assert weight.name in FP4 and activation.name == "int8"
+            continue
         assert (weight.bits, activation.bits) == (weight_bits, activation_bits)
         for fmt, bits in ((weight, weight_bits), (activation, activation_bits)):
-            assert fmt.name == kinds[bits] if bits in kinds else fmt.name in FP4
+            four_bits = (*FP4, lloyd_max().name) if "plus" in made.name else FP4
+            assert fmt.name == kinds[bits] if bits in kinds else fmt.name in four_bits
         if made.name in ("minmax", "hqdit-fixed-format") and weight_bits == 4:
             assert weight.name == "e2m1"
 
@@ -64,7 +69,8 @@ def test_predictions_stay_close(made: Made) -> None:
 
 
 def test_parts_are_where_the_preset_has_them(made: Made) -> None:
-    is_smooth, has_branch = made.name in ("smoothquant", "svdquant"), made.name == "svdquant"
+    is_smooth = made.name in ("smoothquant", "svdquant", "hqdit-plus", "hqdit-plus-token")
+    has_branch = made.name == "svdquant"
     for name, layer in made.layers.items():
         assert (layer.input_scale is not None) == is_smooth
         assert (layer.low_rank_down is not None) == (layer.low_rank_up is not None) == has_branch
