@@ -9,7 +9,7 @@ import torch
 from tiny import inputs_of, latent_dit, predicted, random_calibration, tiny_dit
 from torch import nn
 
-from hqdit.calibration.sensitivity import SKETCH_ROWS, gradient_sketches
+from hqdit.calibration.sensitivity import SAMPLES_AT_ONCE, SKETCH_ROWS, gradient_sketches
 from hqdit.errors import NumericsError
 from hqdit.models.adapter import LinearSite, adapter_for
 
@@ -78,6 +78,17 @@ def test_the_model_and_its_gradients_are_left_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert torch.equal(predicted(model), before)
+
+
+def test_calls_of_many_samples_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, seen = tiny_dit(), random_calibration(tiny_dit(), 2 * SAMPLES_AT_ONCE + 3), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x, **kwargs: seen.append((x, kwargs)) or forward(x, **kwargs))
+    gradient_sketches(model, sites_of(model), data, 0)
+    assert max(len(x) for x, _ in seen) == SAMPLES_AT_ONCE
+    assert torch.equal(torch.cat([x for x, _ in seen]), data.latents)
+    for name, expected in (("timestep", data.timesteps), ("class_labels", data.classes)):
+        assert torch.equal(torch.cat([kwargs[name] for _, kwargs in seen]), expected)
 
 
 def test_the_same_seed_gives_the_same_sketch() -> None:

@@ -122,6 +122,17 @@ def test_a_layer_is_its_dequantized_weight_and_bias(plus: Any) -> None:
         assert relative_error(by_hand.float(), expected) < 1e-4
 
 
+def test_a_branch_beside_a_centred_input_is_dequantized_right() -> None:
+    config = QuantizationConfig(
+        weights="int8", activations="int8", gptq=False, smoothing=0.5, low_rank=4, centring=True, bias_correction=True
+    )
+    for layer in quantized_layers(quantized(config)).values():
+        weight, bias = layer.delivered_weight(), layer.delivered_bias()
+        # Far from 0, where the mean that is subtracted counts.
+        x = 3 + torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(1))
+        assert sqnr_db(torch.nn.functional.linear(x, weight, bias), layer(x)) > 30
+
+
 def rotated_weight(layer: HQLinear) -> torch.Tensor:
     from hqdit.numerics.codes import unpack_codes
     from hqdit.quantizers.quantized_tensor import QuantizedTensor

@@ -12,12 +12,14 @@ from hqdit.calibration.capture import CalibrationData
 from hqdit.errors import NumericsError
 from hqdit.layers.matrix_layers import channels_last
 from hqdit.models.adapter import ClassConditionalAdapter, LinearSite, adapter_for
-from hqdit.models.calls import map_tensors
+from hqdit.models.calls import ModelCall, map_tensors
 from hqdit.progress import track
 from hqdit.randomness import random_stream
 
 #: Calls of the model whose gradients are taken.
 CALLS = 16
+#: Samples whose activations are kept at once, for models on latents, time step and class.
+SAMPLES_AT_ONCE = 8
 #: Rows of the sketch of an input's gradients.
 SKETCH_ROWS = 64
 
@@ -44,12 +46,12 @@ def gradient_sketches(
     Raises:
         NumericsError: a gradient that is NaN or infinite.
 
-    Memory: the activations of one call, for the backward pass.
+    Memory: for the backward pass the activations of `SAMPLES_AT_ONCE` samples, or of one recorded call.
     """
     device = next(model.parameters()).device
     groups = list(dict.fromkeys(site.input_group for site in sites))
     sketches: dict[str, Tensor] = {}
-    calls = list(islice(calibration.calls(model), CALLS))
+    calls = _small_calls(model, calibration)
     for number, call in enumerate(track(calls, "sensitivity")):
         taps: dict[str, list[Tensor]] = {}
 
@@ -98,15 +100,37 @@ def gradient_sketches(
     return {group: sketches[group] for group in groups if group in sketches}
 
 
-def _judged_output(model: nn.Module, returned: object) -> Tensor:
-    """What the model is judged by, flat: the predicted noise without a learned variance, or all that it returns."""
+def _small_calls(model: nn.Module, calibration: CalibrationData) -> list[ModelCall]:
+    """The first `CALLS` calls; those of many samples in parts, because all their activations have to be kept."""
+    calls = list(islice(calibration.calls(model), CALLS))
+    if not isinstance(adapter_for(model), ClassConditionalAdapter):
+        return calls  # as the pipeline made them: not every tensor has an entry for each sample
+    parts = []
+    for call in calls:
+        for start in range(0, len(_tensors(call)[0]), SAMPLES_AT_ONCE):
+            samples = slice(start, start + SAMPLES_AT_ONCE)
+            parts.append(call.map_tensors(lambda tensor, samples=samples: tensor[samples]))  # type: ignore[misc]
+    return parts
+
+
+def _tensors(value: object) -> list[Tensor]:
+    """Every tensor in `value`, in the order of `map_tensors`."""
     found: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    map_tensors(returned, collect)
+    if isinstance(value, ModelCall):
+        value.map_tensors(collect)
+    else:
+        map_tensors(value, collect)
+    return found
+
+
+def _judged_output(model: nn.Module, returned: object) -> Tensor:
+    """What the model is judged by, flat: the predicted noise without a learned variance, or all that it returns."""
+    found = _tensors(returned)
     adapter = adapter_for(model)
     if isinstance(adapter, ClassConditionalAdapter):
         channels = adapter.latent_shape(model)[0]

@@ -305,7 +305,11 @@ class HQLinear(nn.Linear):
         """The bias that goes with `delivered_weight`, float32 (out_features,) where the input is centred."""
         if self.bias is None or self.input_shift is None:
             return self.bias
-        return self.bias.to(torch.float32) - self.delivered_weight() @ self.input_shift.to(torch.float32)
+        # The branch reads the input with its mean: only what the codes stand for was given the rest.
+        weight = self.delivered_weight()
+        if self.low_rank_down is not None and self.low_rank_up is not None:
+            weight = weight - self.low_rank_up.to(torch.float32) @ self.low_rank_down.to(torch.float32)
+        return self.bias.to(torch.float32) - weight @ self.input_shift.to(torch.float32)
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight (out_features, in_features) that stands for the float layer's, branch included.
