@@ -10,7 +10,9 @@ from hqdit.evaluation.fidelity import psnr_db
 from hqdit.evaluation.frechet import GaussianStatistics, frechet_distance
 from hqdit.evaluation.surrogate import held_out_images
 from hqdit.experiments import table_w4a4
+from hqdit.experiments.cache import ResultCache
 from hqdit.experiments.image_scores import FLOAT32, OTHER_SEED, OTHER_SEEDS, image_rows, image_table
+from hqdit.experiments.laboratory import Laboratory
 from hqdit.experiments.noise_floor import FLOOR
 from hqdit.experiments.table_w4a4 import METHODS, ORDERINGS, method_config
 from hqdit.pipeline.config import PRESETS, QuantizationConfig
@@ -118,3 +120,13 @@ def test_unconditional_images_have_no_class_to_be_right_about(lab, tiny_subject)
     accuracy = next(k for k, column in enumerate(table.columns) if column.title.startswith("Class accuracy"))
     assert {row[accuracy] for row in table.rows} == {None}
     assert any("digits-cnn-v1" in column.title for column in table.columns)
+
+
+@pytest.mark.parametrize(
+    ("is_quick", "is_full", "guided", "long"),
+    [(False, False, 512, 256), (True, False, 128, 128), (False, True, 512, 512)],
+)
+def test_only_the_default_run_halves_the_images_of_the_longer_sampler(tmp_path, is_quick, is_full, guided, long):
+    lab = Laboratory(ResultCache(tmp_path), tmp_path, is_quick=is_quick, is_full=is_full)
+    assert lab.images_of(lab.sampling) == guided
+    assert lab.images_of(SamplingConfig(lab.long_steps, 4.0)) == long

@@ -82,9 +82,10 @@ def image_rows(
     rows, grids = [], []
     for method, (config, seed) in everything.items():
         row = _row(lab, subject, config, sampling, seed)
-        rows.append({"method": method, "samples": lab.image_count, **row})
+        rows.append({"method": method, "samples": lab.images_of(sampling), **row})
         if has_grids:
-            grids.append(_grid(lab, subject, method, lab.samples(subject, config, lab.image_count, sampling, seed)))
+            images = lab.samples(subject, config, lab.images_of(sampling), sampling, seed)
+            grids.append(_grid(lab, subject, method, images))
     return rows, grids
 
 
@@ -112,7 +113,7 @@ def _row(
     lab: Laboratory, subject: Subject, config: QuantizationConfig | None, sampling: SamplingConfig, seed: int
 ) -> dict[str, Any]:
     """Scores of the images of one model, from the cache if they were scored before."""
-    count = lab.image_count
+    count = lab.images_of(sampling)
     key = {
         "what": "image scores",
         "subject": subject.name,

@@ -137,6 +137,7 @@ def run(lab: Laboratory) -> RunRecord:
             "low_rank": LOW_RANK,
             "images": lab.image_count,
             "long_steps": lab.long_steps,
+            "long_images": lab.images_of(SamplingConfig(lab.long_steps)),
         },
         notes=(
             "SQNR of the noise prediction is measured on 32 held-out trajectories of the float model at every step of "
