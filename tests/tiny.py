@@ -54,6 +54,17 @@ def tiny_dit(seed: int = 0, **changes: Any) -> DiTTransformer2DModel:
     return model.eval()
 
 
+def peculiar_dit() -> DiTTransformer2DModel:
+    """A tiny model with one direction of one input that its output depends on far more than on others."""
+    model = tiny_dit()
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        weight = model.transformer_blocks[1].ff.net[0].proj.weight
+        column, row = (torch.randn(size, generator=random) for size in weight.shape)
+        weight += 2 * torch.outer(column, row / row.norm())
+    return model
+
+
 def latent_dit(seed: int = 0, **changes: Any) -> DiTTransformer2DModel:
     """As `tiny_dit`, on 4 latent channels with a learned variance: 8 output channels."""
     return tiny_dit(seed, **{"in_channels": 4, "out_channels": 8, **changes})

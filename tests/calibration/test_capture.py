@@ -159,3 +159,14 @@ def test_data_that_does_not_fit_is_refused_at_once() -> None:
     wrong["classes"][1] = 99
     with pytest.raises(NumericsError, match="sample 1"):
         BlockStream(tiny_dit(), CalibrationSet(**wrong), seed=0)
+
+
+def test_samples_are_counted_where_they_have_tokens() -> None:
+    model = tiny_dit()
+    stream = BlockStream(model, random_calibration(model, SAMPLES), seed=0)
+    counts: dict[str, list[tuple[int, int | None]]] = {}
+    for site in sites_of(model, 0):
+        seen = counts.setdefault(site.name.removeprefix("transformer_blocks.0."), [])
+        stream.capture_samples(site, lambda x, samples, seen=seen: seen.append((len(x), samples)), "test")
+    assert counts["attn1.to_q"] == counts["ff.net.2"] == [(4 * CALL_SIZE, CALL_SIZE), (4 * 7, 7)]
+    assert {samples for _, samples in counts["norm1.linear"]} == {None}

@@ -62,7 +62,7 @@ def test_the_gram_matrix_is_that_of_the_derivatives(build) -> None:
     assert torch.equal(data.latents, inputs_of(model, 2)["latents"])
     found = []
     for seed in range(60):
-        sketch = gradient_sketches(model, sites, data, seed)[group]
+        sketch = gradient_sketches(model, sites, data, seed).rows[group]
         assert sketch.shape == (SKETCH_ROWS, model.inner_dim)
         found.append(float(sketch[:, :channels].double().square().sum()))
     spread = math.sqrt(sum((value - exact) ** 2 for value in found) / len(found))
@@ -73,7 +73,7 @@ def test_the_gram_matrix_is_that_of_the_derivatives(build) -> None:
 def test_the_model_and_its_gradients_are_left_alone() -> None:
     model = tiny_dit()
     before = predicted(model)
-    found = gradient_sketches(model, sites_of(model), random_calibration(model, 4), 0)
+    found = gradient_sketches(model, sites_of(model), random_calibration(model, 4), 0).rows
     assert list(found) == list(dict.fromkeys(site.input_group for site in sites_of(model)))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -94,7 +94,7 @@ def test_calls_of_many_samples_are_taken_in_parts(monkeypatch: pytest.MonkeyPatc
 def test_the_same_seed_gives_the_same_sketch() -> None:
     model = tiny_dit()
     one, same, other = (
-        gradient_sketches(model, sites_of(model)[:1], random_calibration(model, 4), s) for s in (1, 1, 2)
+        gradient_sketches(model, sites_of(model)[:1], random_calibration(model, 4), s).rows for s in (1, 1, 2)
     )
     (group,) = one
     assert torch.equal(one[group], same[group]) and not torch.equal(one[group], other[group])

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import typer
-from tiny import calibration, tiny_dit
+from tiny import calibration, peculiar_dit, tiny_dit
 
 import hqdit
 from hqdit.cli.main import app
@@ -388,6 +388,7 @@ CONFIGS = (
     QuantizationConfig(activation_granularity="tensor", gptq=False),
     QuantizationConfig.preset("svdquant"),
     QuantizationConfig.preset("hqdit-plus"),
+    QuantizationConfig.preset("hqdit-plus").replace(average_bits=5.0, max_error=0.5),
     QuantizationConfig.preset("fpq").replace(include=("*.0.attn1.to_q",)),
 )
 
@@ -397,7 +398,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folders = []
     for number, config in enumerate(CONFIGS):
         folders.append(tmp_path_factory.mktemp("documents") / str(number))
-        save(quantize(tiny_dit(), config, calibration()), folders[-1])
+        save(quantize(peculiar_dit(), config, calibration()), folders[-1])
     rms = QuantizationConfig(weights="e2m1", activation_scale_rule="rms", gptq=False)
     folders.append(tmp_path_factory.mktemp("documents") / "rms")
     save(quantize(tiny_dit(), rms), folders[-1])

@@ -37,6 +37,7 @@ MODELS: dict[str, tuple[dict[str, Any], QuantizationConfig]] = {
     ),
     "static": (MANY, QuantizationConfig(gptq=False, activation_granularity="tensor")),
     "static per channel": (MANY, QuantizationConfig(gptq=False, activation_granularity="channel-token")),
+    "means of samples": (MANY, QuantizationConfig(centring="sample")),
     "8-bit activations": (MANY, QuantizationConfig(gptq=False, activations="int8")),
     "exact GELU, more heads": (
         {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import RUNNABLE, calibration, inputs_of, predicted, tiny_dit
+from tiny import RUNNABLE, calibration, inputs_of, peculiar_dit, predicted
 
 from hqdit.calibration.capture import BlockStream
 from hqdit.errors import UsageError
@@ -34,14 +34,15 @@ FINE: dict[str, Any] = {
 }
 PARTS = {
     "smoothing": {"smoothing": 0.5, "smoothing_statistic": "rms"},
-    "centring": {"centring": True},
+    "static means": {"centring": "static"},
+    "means of samples": {"centring": "sample"},
     "emphasis": {"emphasis": 4},
     "bias": {"bias_correction": True},
 }
 
 
 def quantized(config: QuantizationConfig, model: Any = None) -> Any:
-    return quantize(tiny_dit() if model is None else model, config, calibration())
+    return quantize(peculiar_dit() if model is None else model, config, calibration())
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_no_part_changes_the_function(part: str) -> None:
     plain, found = (
         quantized(QuantizationConfig(**{k: FINE[k] for k in ("weights", "activations")}, **c)) for c in ({}, changes)
     )
-    exact = predicted(tiny_dit())
+    exact = predicted(peculiar_dit())
     # INT8 on both sides leaves about 40 dB; a shift, a factor or a direction that is not undone leaves a few.
     assert sqnr_db(exact, predicted(found)) > sqnr_db(exact, predicted(plain)) - 3 > 30
     assert torch.equal(predicted(plain), predicted(plain))
@@ -63,7 +64,7 @@ def test_no_part_changes_the_function(part: str) -> None:
 
 @pytest.mark.parametrize("preset", ["hqdit-plus", "hqdit-plus-token"])
 def test_it_is_better_than_the_paper_at_the_same_bits(preset: str) -> None:
-    exact = predicted(tiny_dit())
+    exact = predicted(peculiar_dit())
     paper, found = (predicted(quantized(QuantizationConfig.preset(name))) for name in ("hqdit", preset))
     assert sqnr_db(exact, found) > sqnr_db(exact, paper)
 
@@ -71,8 +72,11 @@ def test_it_is_better_than_the_paper_at_the_same_bits(preset: str) -> None:
 def test_buffers_say_what_was_done(plus: Any) -> None:
     ranks = {name: layer.spec.activation.emphasis for name, layer in quantized_layers(plus).items()}
     assert any(ranks.values()) and all(rank <= PLUS.emphasis for rank in ranks.values())
+    assert {layer.spec.activation.centring for layer in quantized_layers(plus).values()} == {"static", "sample"}
     for name, layer in quantized_layers(plus).items():
         assert layer.input_shift is not None and layer.input_shift.dtype == torch.bfloat16
+        # Means of samples are not split off beside emphasised directions, nor where there is one vector per sample.
+        assert layer.spec.activation.centring == "static" or (ranks[name] == 0 and "norm1" not in name)
         assert (layer.emphasis is None) == (ranks[name] == 0)
         assert layer.bias is not None
         entry = plus.quantization_record.layers[name]
@@ -124,7 +128,13 @@ def test_a_layer_is_its_dequantized_weight_and_bias(plus: Any) -> None:
 
 def test_a_branch_beside_a_centred_input_is_dequantized_right() -> None:
     config = QuantizationConfig(
-        weights="int8", activations="int8", gptq=False, smoothing=0.5, low_rank=4, centring=True, bias_correction=True
+        weights="int8",
+        activations="int8",
+        gptq=False,
+        smoothing=0.5,
+        low_rank=4,
+        centring="static",
+        bias_correction=True,
     )
     for layer in quantized_layers(quantized(config)).values():
         weight, bias = layer.delivered_weight(), layer.delivered_bias()
@@ -142,7 +152,7 @@ def rotated_weight(layer: HQLinear) -> torch.Tensor:
 
 
 def test_dequantized_models_compute_nearly_the_same(plus: Any) -> None:
-    exact = predicted(tiny_dit())
+    exact = predicted(peculiar_dit())
     found = dequantize(copy.deepcopy(plus))
     assert not quantized_layers(found)
     assert sqnr_db(exact, predicted(found)) > sqnr_db(exact, predicted(plus))
@@ -165,7 +175,7 @@ def test_the_bias_takes_over_the_mean_of_the_error() -> None:
     config = TOKEN.replace(smoothing=None, smoothing_statistic="absmax", emphasis=0)
     means = {}
     for name, changes in (("with", {}), ("without", {"bias_correction": False})):
-        exact, found = tiny_dit(), quantized(config.replace(**changes))
+        exact, found = peculiar_dit(), quantized(config.replace(**changes))
         # The only layer that reads the same in both models: all others read what quantized ones have computed.
         site = adapter_for(exact).sites(exact)[0]
         stream, errors = BlockStream(exact, calibration(), 0), []
@@ -186,7 +196,9 @@ def test_the_bias_takes_over_the_mean_of_the_error() -> None:
     [
         {"emphasis": -1},
         {"emphasis": 4, "fold_value_rotation": True},
-        {"centring": True, "fold_value_rotation": True},
+        {"centring": "static", "fold_value_rotation": True},
+        {"centring": "mean"},
+        {"centring": "sample", "activation_granularity": "channel-token"},
         {"sensitive_group_size": 16},
         {"group_fit": "at-most"},
         {"scale_format": "e4m3"},
@@ -220,7 +232,7 @@ def test_it_needs_calibration_data() -> None:
         config = QuantizationConfig(gptq=False, **changes)
         assert config.needs_calibration
         with pytest.raises(UsageError, match="calibration"):
-            quantize(tiny_dit(), config)
+            quantize(peculiar_dit(), config)
 
 
 def test_settings_at_their_defaults_leave_no_trace_in_files() -> None:

@@ -236,7 +236,7 @@ PLUS: dict[str, Any] = {
     "act_order": True,
     "smoothing": 0.5,
     "smoothing_statistic": "rms",
-    "centring": True,
+    "centring": "sample",
     "emphasis": 8,
     "bias_correction": True,
 }

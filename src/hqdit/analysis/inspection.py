@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hqdit.errors import CheckpointError
+from hqdit.kernels.activation import MEAN_SPEC
 from hqdit.layers.linear import HQLinear
 from hqdit.models.source import ModelFolder, find_model
 from hqdit.models.weights import weight_files
@@ -28,16 +30,27 @@ def bits_per_weight(model: nn.Module) -> float:
     return 8 * sum(layer.storage_bytes for layer in layers) / weights
 
 
-def bits_per_input(layer: HQLinear) -> float:
+def bits_per_input(layer: HQLinear, tokens: int | None = None) -> float:
     """Bits of the codes and of the dynamic scales per number that a layer reads.
 
     Static scales are part of the layer, and `bits_per_weight` counts them.
+
+    Args:
+        layer: any.
+        tokens: of a sample, among which the bits of their mean are divided where it is split off; None leaves these
+            bits out.
     """
-    spec = layer.spec.activation
-    scales = layer.in_features // spec.group_size if spec.group_size else int(spec.has_dynamic_scale)
-    # Short scales have 8 bits each, and the exponent of the unit that a token's scales share has 8.
-    scale_bits = 8 * (scales + 1) if spec.has_short_scales else 8 * FLOAT32_BYTES * scales
-    return spec.format.bits + scale_bits / layer.in_features
+    spec, width = layer.spec.activation, layer.in_features
+    of_means = 0.0
+    if spec.centring == "sample" and tokens is not None:
+        of_means = MEAN_SPEC.bits_per_number(width) / tokens
+    return spec.bits_per_number(width) + of_means
+
+
+def bits_per_activation(model: nn.Module, tokens: int | None = None) -> float:
+    """Mean of `bits_per_input` over the quantized layers."""
+    bits = [bits_per_input(layer, tokens) for layer in quantized_layers(model).values()]
+    return math.fsum(bits) / len(bits)
 
 
 def size_facts(model: nn.Module, folder: ModelFolder) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from hqdit.randomness import random_stream
 MODULATION_PAIRS = 8192
 #: Receives a layer's input, (tokens, in_features), batch after batch.
 InputConsumer = Callable[[Tensor], None]
+#: Receives the same, and of how many samples the tokens are, equally many of each; None where each is by itself.
+SampleConsumer = Callable[[Tensor, int | None], None]
 
 
 class CalibrationData(Protocol):
@@ -96,10 +98,15 @@ class BlockStream:
 
         Each batch is (tokens, in_features); there are none if the calls do not run the layer.
         """
+        self.capture_samples(site, lambda x, _samples: consume(x), what)
+
+    @torch.no_grad()
+    def capture_samples(self, site: LinearSite, consume: SampleConsumer, what: str) -> None:
+        """`capture` with the number of samples: the length of the first of at least three axes."""
         if site.is_modulation and self._pairs is not None:
             for start in range(0, MODULATION_PAIRS, 1024):
                 timesteps, classes = (pairs[start : start + 1024] for pairs in self._pairs)
-                consume(self._modulation_input(site.block, timesteps.to(self._device), classes.to(self._device)))
+                consume(self._modulation_input(site.block, timesteps.to(self._device), classes.to(self._device)), None)
             return
         layer = self._model.get_submodule(site.name)
         runs = self._runs_of(site)
@@ -108,7 +115,7 @@ class BlockStream:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             nonlocal seen
             x = channels_last(module, inputs[0])
-            consume(x.reshape(-1, x.shape[-1]))
+            consume(x.reshape(-1, x.shape[-1]), x.shape[0] if x.dim() > 2 else None)
             seen += 1
             if seen == runs:
                 raise Stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,21 @@ SAMPLES_AT_ONCE = 8
 SKETCH_ROWS = 64
 
 
+class GradientSketches(NamedTuple):
+    """What backward passes over some calls say.
+
+    Attributes:
+        rows: input group -> float32 (SKETCH_ROWS, in_features), zero where the output does not depend on the input.
+        output_power: sum of the squares of all outputs of the same calls.
+    """
+
+    rows: dict[str, Tensor]
+    output_power: float
+
+
 def gradient_sketches(
     model: nn.Module, sites: Sequence[LinearSite], calibration: CalibrationData, seed: int
-) -> dict[str, Tensor]:
+) -> GradientSketches:
     """For every input of `sites`: rows whose Gram matrix estimates the second moment of the output's gradient there.
 
     The output is multiplied by random signs and summed, once for each call: the expected square of the gradient is then
@@ -40,9 +53,6 @@ def gradient_sketches(
         calibration: its first `CALLS` calls are used.
         seed: of the signs.
 
-    Returns:
-        Input group -> float32 (SKETCH_ROWS, in_features), zero where the output does not depend on the input.
-
     Raises:
         NumericsError: a gradient that is NaN or infinite.
 
@@ -51,6 +61,7 @@ def gradient_sketches(
     device = next(model.parameters()).device
     groups = list(dict.fromkeys(site.input_group for site in sites))
     sketches: dict[str, Tensor] = {}
+    output_power = 0.0
     calls = _small_calls(model, calibration)
     for number, call in enumerate(track(calls, "sensitivity")):
         taps: dict[str, list[Tensor]] = {}
@@ -71,6 +82,7 @@ def gradient_sketches(
                 output = _judged_output(model, call.to(device)(model))
                 signs = _signs(seed, f"sensitivity/output/{number}", output.numel()).to(device)
                 total = (output * signs).sum()
+            output_power += float(output.detach().to(torch.float64).square().sum())
         finally:
             for handle in handles:
                 handle.remove()
@@ -97,7 +109,7 @@ def gradient_sketches(
             token_signs = _signs(seed, f"sensitivity/signs/{group}/{number}", len(gradient)).to(device)
             sketch = sketches.setdefault(group, torch.zeros(SKETCH_ROWS, gradient.shape[1], device=device))
             sketch.index_add_(0, torch.from_numpy(rows_of_tokens).to(device), gradient * token_signs.unsqueeze(1))
-    return {group: sketches[group] for group in groups if group in sketches}
+    return GradientSketches({group: sketches[group] for group in groups if group in sketches}, output_power)
 
 
 def _small_calls(model: nn.Module, calibration: CalibrationData) -> list[ModelCall]:

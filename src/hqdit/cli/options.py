@@ -80,7 +80,7 @@ def running(
 
     from hqdit.integrations.diffusers_logging import silence_diffusers
     from hqdit.kernels.selection import current_backend, default_backend, use_backend
-    from hqdit.pipeline.config import KEEP_DTYPES
+    from hqdit.pipeline.config_checks import KEEP_DTYPES
 
     if dtype not in KEEP_DTYPES:
         raise UsageError(f"--dtype: found {dtype!r}, needed one of {', '.join(KEEP_DTYPES)}. Fix: pick one of them")

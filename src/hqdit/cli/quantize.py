@@ -76,10 +76,16 @@ def quantize(
     smoothing: Annotated[float | None, typer.Option(help="SmoothQuant's alpha, 0 to 1.")] = None,
     smoothing_statistic: Annotated[str | None, typer.Option(help="absmax or rms: what smoothing balances.")] = None,
     centring: Annotated[
-        bool | None, typer.Option("--centring/--no-centring", help="Subtract the inputs' static means.")
+        str | None, typer.Option(help="none, static or sample: what is subtracted from the inputs.")
     ] = None,
     emphasis: Annotated[
         int | None, typer.Option(help="Most directions in which an input is stretched; 0 for none.")
+    ] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="Spend bits on 8-bit inputs up to this mean over the layers.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Give inputs 8 bits until the predicted relative error is at most this.")
     ] = None,
     bias_correction: Annotated[
         bool | None,
@@ -165,6 +171,8 @@ def quantize(
             "smoothing_statistic": smoothing_statistic,
             "centring": centring,
             "emphasis": emphasis,
+            "average_bits": average_bits,
+            "max_error": max_error,
             "bias_correction": bias_correction,
             "low_rank": low_rank,
             "format_search": format_search,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from hqdit.analysis.inspection import bits_per_weight
+from hqdit.analysis.inspection import bits_per_activation, bits_per_weight
 from hqdit.analysis.weights import format_shares
 from hqdit.calibration.samples import DEFAULT_SAMPLES, CalibrationSet
 from hqdit.evaluation.bootstrap import bootstrap_interval
@@ -192,6 +192,7 @@ class Laboratory:
             mean_layer_sqnr_db: mean of these, [value, low, high] as above.
             formats: layer -> {format name: share of the output channels}.
             bits_per_weight: scales and everything else included.
+            bits_per_activation: of the layers' inputs, dynamic scales and means included.
             quantize_seconds: without drawing calibration data.
         """
         key = {
@@ -225,6 +226,7 @@ class Laboratory:
             "mean_layer_sqnr_db": [mean.value, mean.low, mean.high],
             "formats": {name: format_shares(layer) for name, layer in quantized_layers(model).items()},
             "bits_per_weight": bits_per_weight(model),
+            "bits_per_activation": bits_per_activation(model, subject.tokens),
             "quantize_seconds": seconds,
         }
 

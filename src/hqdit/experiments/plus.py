@@ -17,7 +17,6 @@ from hqdit.experiments.laboratory import Job, Laboratory, eps_gain
 from hqdit.experiments.noise_floor import FLOOR, noise_floor
 from hqdit.experiments.subjects import SUBJECTS, Subject
 from hqdit.experiments.wording import interval_notes, signed_db
-from hqdit.layers.matrix_layers import matrix_shape
 from hqdit.models.adapter import adapter_for
 from hqdit.pipeline.config import QuantizationConfig
 from hqdit.records.run_record import Bars, Cell, Column, Interval, Lines, RunRecord, Series, Table
@@ -27,6 +26,8 @@ PAPER, TOKEN, PLUS, WIDE = "hqdit", "hqdit-plus-token", "hqdit-plus", "w4a8"
 #: Models with larger outliers, on which hqdit-plus is compared with itself on the plain model.
 OUTLIERS = tuple(Subject(source, factor) for source in ("digits", "shapes") for factor in (30.0, 100.0))
 IMAGE_METHODS = (PAPER, TOKEN, PLUS)
+#: Averages of bits per input that are spent on 8-bit inputs.
+MIXED_BITS = (4.5, 5.0)
 #: The rows of the two presets.
 TOKEN_ROW, PLUS_ROW = f"+ sensitive directions = {TOKEN}", f"+ fine groups where it matters = {PLUS}"
 #: What the noise prediction has to gain over the paper's recipe, in dB: with groups, and with the paper's granularity.
@@ -46,12 +47,13 @@ def steps() -> dict[str, QuantizationConfig]:
     rows = {PAPER: paper}
     cumulative: dict[str, Any] = {}
     for row, changes in (
-        ("+ Lloyd-Max table, RMS scale", ("weights", "scale_rule", "activation_scale_rule")),
-        ("+ static scale before the rotation", ("smoothing", "smoothing_statistic")),
-        ("+ centring, bias correction", ("centring", "bias_correction")),
-        ("+ order of GPTQ by activation", ("act_order",)),
+        ("+ Lloyd-Max table, RMS scale", _settings(token, "weights", "scale_rule", "activation_scale_rule")),
+        ("+ static scale before the rotation", _settings(token, "smoothing", "smoothing_statistic")),
+        ("+ static means, bias correction", {"centring": "static", "bias_correction": token.bias_correction}),
+        ("+ means of samples", _settings(token, "centring")),
+        ("+ order of GPTQ by activation", _settings(token, "act_order")),
     ):
-        cumulative |= {name: getattr(token, name) for name in changes}
+        cumulative |= changes
         rows[row] = paper.replace(**cumulative)
     rows[TOKEN_ROW] = token
     rows["+ groups with 8-bit scales"] = plus.replace(sensitive_group_size=None)
@@ -59,10 +61,17 @@ def steps() -> dict[str, QuantizationConfig]:
     rows[f"{PLUS}, no rotation"] = plus.replace(rotation="none")
     rows[f"{PLUS}, to nearest"] = plus.replace(gptq=False, act_order=False)
     rows[f"{PLUS}, no sensitive directions"] = plus.replace(emphasis=0)
+    for bits in MIXED_BITS:
+        rows[f"{PLUS}, {bits:g} bits per input"] = plus.replace(average_bits=bits)
+    rows[f"{PLUS}, static means only"] = plus.replace(centring="static")
     rows[f"{PLUS}, no static scale"] = plus.replace(smoothing=None, smoothing_statistic="absmax")
     rows[f"{PLUS}, E2M1"] = plus.replace(weights="e2m1")
     rows[WIDE] = QuantizationConfig.preset(WIDE)
     return rows
+
+
+def _settings(config: QuantizationConfig, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
 
 
 def run(lab: Laboratory) -> RunRecord:
@@ -99,8 +108,8 @@ def run(lab: Laboratory) -> RunRecord:
             "step of the sampler. Pooled over steps the last ones dominate, where the prediction is hardest; the mean "
             "over steps of each one's SQNR in dB is given beside it.",
             "Bits per weight count everything that a quantized layer holds but its bias: codes, scales, signs, static "
-            "factors and means, directions. Bits per activation count codes and dynamic scales, of 8 bits for groups "
-            "with one exponent a token, of 32 bits for tokens.",
+            "factors and means, directions. Bits per activation, a mean over the layers, count codes, dynamic "
+            "scales (8 bits for groups with one exponent a token, 32 bits for tokens) and means of samples (8 bits).",
             "Layer SQNR by role is on float inputs, each layer alone; it does not say what reaches the model's output.",
             *interval_notes("the rotation's signs and the calibration data"),
         ),
@@ -126,23 +135,6 @@ def _prepare(
     lab.prepare([job for s in plain for job in method_jobs(s, presets.values(), lab.sampling)], "images")
 
 
-def bits_per_activation(config: QuantizationConfig, widths: Mapping[str, int]) -> float:
-    """Bits of codes and dynamic scales per number of the inputs of the layers, mean over the inputs.
-
-    Sensitive inputs, of which few are so, count as the others do.
-
-    Args:
-        config: the request.
-        widths: input -> its channels.
-    """
-    codes = config.activation_candidates[0].bits
-    totals = []
-    for width in widths.values():
-        size = config.group_size_for(width) if config.activation_granularity == "group" else None
-        totals.append(codes + (32 / width if size is None else 8 / size + 8 / width))
-    return math.fsum(totals) / len(totals)
-
-
 def _mean_db(score: Mapping[str, Any]) -> float:
     values = score["eps_sqnr_db_by_timestep"][JUDGED]
     return math.fsum(values) / len(values)
@@ -156,7 +148,7 @@ def _ablation(subject: Subject, scores: Scores, floor: Mapping[str, Any]) -> Tab
     columns = (
         Column("Step"),
         Column("Bits per weight", "", 2, "everything that a quantized layer holds but its bias"),
-        Column("Bits per activation", "", 2, "codes and dynamic scales of the layers' inputs"),
+        Column("Bits per activation", "", 2, "codes, dynamic scales and means of the layers' inputs"),
         Column("Conditional", "dB", 2, "SQNR of the noise prediction with the class"),
         Column("Guided 1.5", "dB", 2, "SQNR after guidance 1.5"),
         Column("Gain", "dB", 2, "over the paper's recipe after guidance 1.5, paired by trajectory"),
@@ -180,18 +172,12 @@ def _ablation(subject: Subject, scores: Scores, floor: Mapping[str, Any]) -> Tab
             None,
         ),
     ]
-    adapter = adapter_for(subject.model)
-    widths = {
-        site.input_group: matrix_shape(subject.model.get_submodule(site.name))[0]
-        for site in adapter.sites(subject.model)
-    }
-    configs = steps()
     for row, score in scores.items():
         rows.append(
             (
                 row,
                 score["bits_per_weight"],
-                bits_per_activation(configs[row], widths),
+                score["bits_per_activation"],
                 _interval(score, "conditional"),
                 _interval(score, JUDGED),
                 None if row == PAPER else eps_gain(score, scores[PAPER], JUDGED),

@@ -63,6 +63,13 @@ class Subject:
         """Classes, without the null class."""
         return class_conditional_adapter(self.model).num_classes(self.model)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sample."""
+        config: Any = self.model.config
+        tokens: int = (config.sample_size // config.patch_size) ** 2
+        return tokens
+
     def calibration(self, samples: int, sampling: SamplingConfig, seed: int) -> CalibrationSet:
         """Tuples from the model's own sampler."""
         return CalibrationSet.from_sampler(self.model, self.scheduler, samples, sampling, seed)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hqdit.kernels.activation import QuantizedActivation
+from hqdit.kernels.activation import QuantizedActivation, over_tokens, split_means
 from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight, apply_epilogue, low_bit_linear
-from hqdit.kernels.preparation import Front, InputPreparation, prepare_input
+from hqdit.kernels.preparation import Front, InputPreparation, before_rotation, centred_parts, prepare_input
 
 
 class Backend(ABC):
@@ -32,16 +32,18 @@ class Backend(ABC):
         """Why this backend cannot run here, or None if it can."""
 
     @abstractmethod
-    def quantize_input(self, x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
+    def quantize_input(
+        self, x: Tensor, preparation: InputPreparation, front: Front = None, samples: int = 1
+    ) -> QuantizedActivation:
         """Levels and scales of a layer's input; `preparation.prepare_input` is the definition.
 
         Args:
             x: floating point (tokens, in_features).
             preparation: the layer's wishes.
             front: a function that comes before.
+            samples: how many samples the tokens are of, equally many each.
         """
 
-    @abstractmethod
     def linear(
         self,
         activation: QuantizedActivation,
@@ -51,12 +53,51 @@ class Backend(ABC):
     ) -> list[Tensor]:
         """One output for each weight that reads `activation`; `low_bit_linear`, `apply_epilogue` are the definition.
 
+        Where means of samples were split off, their product is added to the output before the epilogue.
+
         Args:
             activation: levels (tokens, in_features).
             weights: of the same in_features and groups; with a gate or a residual, only one.
             epilogue: what follows the bias.
             dtype: of the outputs (tokens, out_features), floating point.
         """
+        if activation.mean is None:
+            return self.product(activation, weights, epilogue, dtype)
+        tokens = len(activation.levels)
+        of_means = self.product(activation.mean, [weight._replace(bias=None) for weight in weights])
+        rest = activation._replace(mean=None)
+        if epilogue.function is None and epilogue.gate is not None and epilogue.residual is not None:
+            # Added to the residual, which is read anyway: r + g (y + m) = (r + g m) + g y.
+            (of_mean,) = of_means
+            residual = epilogue.residual.to(torch.float32) + over_tokens(of_mean * epilogue.gate, tokens)
+            (output,) = self.product(rest, weights, epilogue._replace(residual=residual))
+            return [output.to(dtype)]
+        outputs = self.product(rest, weights)
+        return [
+            apply_epilogue(output + over_tokens(of_mean, tokens), epilogue, dtype)
+            for output, of_mean in zip(outputs, of_means, strict=True)
+        ]
+
+    @abstractmethod
+    def product(
+        self,
+        activation: QuantizedActivation,
+        weights: Sequence[PackedWeight],
+        epilogue: Epilogue = NO_EPILOGUE,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Tensor]:
+        """`linear` for an activation without means."""
+
+    def _quantize_in_parts(
+        self, x: Tensor, preparation: InputPreparation, front: Front, samples: int
+    ) -> QuantizedActivation:
+        """`quantize_input` for kernels that know plain inputs only: what precedes the rotation is done beforehand."""
+        y = before_rotation(x, preparation, front)
+        of_rest, of_means = centred_parts(preparation)
+        if preparation.activation.centring != "sample":
+            return self.quantize_input(y, of_rest)
+        mean, rest = split_means(y, samples)
+        return self.quantize_input(rest, of_rest)._replace(mean=self.quantize_input(mean, of_means))
 
     @abstractmethod
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -87,10 +128,12 @@ class ComposedBackend(Backend):
             int32 (M, N).
         """
 
-    def quantize_input(self, x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
-        return prepare_input(x, preparation, front)
+    def quantize_input(
+        self, x: Tensor, preparation: InputPreparation, front: Front = None, samples: int = 1
+    ) -> QuantizedActivation:
+        return prepare_input(x, preparation, front, samples)
 
-    def linear(
+    def product(
         self,
         activation: QuantizedActivation,
         weights: Sequence[PackedWeight],

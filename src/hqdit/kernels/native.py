@@ -11,7 +11,7 @@ from hqdit.kernels import native_library, native_ops
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.backend import TorchBackend
 from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight
-from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise, before_rotation
+from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise
 
 
 class NativeBackend(TorchBackend):
@@ -31,15 +31,14 @@ class NativeBackend(TorchBackend):
     def unavailable_reason(self) -> str | None:
         return native_library.unavailable_reason()
 
-    def quantize_input(self, x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
+    def quantize_input(
+        self, x: Tensor, preparation: InputPreparation, front: Front = None, samples: int = 1
+    ) -> QuantizedActivation:
         tables = preparation.tables
         if tables is None or x.device.type != "cpu":
-            return super().quantize_input(x, preparation, front)
-        if preparation.emphasis is not None:
-            # The kernels do not know this step, which few inputs have: it is done beforehand, with all before it.
-            x = before_rotation(x, preparation, front)
-            preparation = preparation._replace(emphasis=None, input_shift=None, input_scale=None)
-            front = None
+            return super().quantize_input(x, preparation, front, samples)
+        if not preparation.is_plain:
+            return self._quantize_in_parts(x, preparation, front, samples)
         function = scale = shift = None
         eps = 0.0
         if isinstance(front, Pointwise):
@@ -77,7 +76,7 @@ class NativeBackend(TorchBackend):
         )
         return QuantizedActivation(levels, token_scale)
 
-    def linear(
+    def product(
         self,
         activation: QuantizedActivation,
         weights: Sequence[PackedWeight],
@@ -92,7 +91,7 @@ class NativeBackend(TorchBackend):
         )
         tables = [weight.level_tables for weight in weights]
         if not has_kernel or any(table is None for table in tables):
-            return super().linear(activation, weights, epilogue, dtype)
+            return super().product(activation, weights, epilogue, dtype)
         # Other dtypes are rounded from float32, which is what they mean: the residual is added in float32 as well.
         kernel_dtype = dtype if dtype in native_ops.KERNEL_DTYPES else torch.float32
         outputs: list[Tensor] = native_ops.product(

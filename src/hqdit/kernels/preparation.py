@@ -1,20 +1,21 @@
 """From a layer's input to levels: what is asked for, and its definition in plain torch.
 
 The steps, in this order: a front (nothing, LayerNorm and modulation, GELU or SiLU), a static shift and scale per
-channel, emphasised directions, the rotation, a static scale per channel after it, a scale per token and group,
-rounding.
+channel, emphasised directions, the mean of each sample's tokens, the rotation, a static scale per channel after it, a
+scale per token and group, rounding.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hqdit.kernels.activation import QuantizedActivation, quantize_activation
+from hqdit.kernels.activation import MEAN_SPEC, QuantizedActivation, quantize_activation, split_means
 from hqdit.numerics.rounding import rung_tables
 from hqdit.quantizers.emphasis import emphasise
 from hqdit.quantizers.spec import ActivationSpec
@@ -113,6 +114,11 @@ class InputPreparation(NamedTuple):
     input_scale: Tensor | None = None
     emphasis: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether what precedes the rotation is a front, a static shift and a static scale, as kernels know it."""
+        return self.emphasis is None and self.activation.centring != "sample"
+
 
 def apply_front(x: Tensor, front: Front) -> Tensor:
     """The front's function of float32 tokens (tokens, width).
@@ -152,15 +158,35 @@ def before_rotation(x: Tensor, preparation: InputPreparation, front: Front = Non
     return y if preparation.emphasis is None else emphasise(y, preparation.emphasis)
 
 
-def prepare_input(x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
+def centred_parts(preparation: InputPreparation) -> tuple[InputPreparation, InputPreparation]:
+    """What is left after `before_rotation` where means of samples are split off: for the rest, and for the means."""
+    rest = preparation._replace(
+        activation=replace(preparation.activation, centring="none"), input_shift=None, input_scale=None, emphasis=None
+    )
+    return rest, rest._replace(activation=MEAN_SPEC, tables=input_tables(MEAN_SPEC, preparation.rotation))
+
+
+def prepare_input(
+    x: Tensor, preparation: InputPreparation, front: Front = None, samples: int = 1
+) -> QuantizedActivation:
     """The definition: every step by itself.
 
     Args:
         x: floating point (tokens, width).
         preparation: the layer's wishes.
         front: what comes before.
+        samples: how many samples the tokens are of, equally many each; it matters where their means are split off.
     """
     y = before_rotation(x, preparation, front)
+    if preparation.activation.centring != "sample":
+        return _rotate_and_round(y, preparation)
+    mean, rest = split_means(y, samples)
+    of_rest, of_means = centred_parts(preparation)
+    return _rotate_and_round(rest, of_rest)._replace(mean=_rotate_and_round(mean, of_means))
+
+
+def _rotate_and_round(y: Tensor, preparation: InputPreparation) -> QuantizedActivation:
+    """The rotation and what follows it; `y` float32 (tokens, width)."""
     bits = preparation.rotation_signs
     signs = None if bits is None else unpack_signs(bits, preparation.rotation.width)
     y = rotate_online(y, preparation.rotation, signs)

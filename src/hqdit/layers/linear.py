@@ -99,7 +99,7 @@ class HQLinear(nn.Linear):
         add("channel_scale", (spec.in_features,), torch.float32, wanted=spec.activation.has_channel_scale)
         add("static_scale", (1,), torch.float32, wanted=spec.activation.has_static_scale)
         add("input_scale", (spec.in_features,), torch.float32, wanted=spec.activation.smoothing != "none")
-        add("input_shift", (spec.in_features,), SHIFT_DTYPE, wanted=spec.activation.is_centred)
+        add("input_shift", (spec.in_features,), SHIFT_DTYPE, wanted=spec.activation.centring != "none")
         directions = spec.activation.emphasis
         add("emphasis", (directions, spec.in_features), EMPHASIS_DTYPE, wanted=directions > 0)
         rank = spec.weight.low_rank
@@ -209,8 +209,12 @@ class HQLinear(nn.Linear):
         return PackedWeight(self.qweight, self.effective_scale, self.format_index, formats, tables, self.bias)
 
     def quantize_input(self, x: Tensor, front: Front = None) -> QuantizedActivation:
-        """Front, rotation and rounding: (..., in_features) -> levels (tokens, in_features) and scales."""
-        return current_backend().quantize_input(x.reshape(-1, self.in_features), self.preparation, front)
+        """Front, rotation and rounding: (..., in_features) -> levels (tokens, in_features) and scales.
+
+        The first axis counts samples, whose means a layer may split off; tokens alone, (tokens, in_features), are one.
+        """
+        samples = x.shape[0] if x.dim() > 2 else 1
+        return current_backend().quantize_input(x.reshape(-1, self.in_features), self.preparation, front, samples)
 
     def forward_quantized(self, activation: QuantizedActivation, dtype: torch.dtype = torch.float32) -> Tensor:
         """The product and the bias, without a low-rank branch: (tokens, out_features) in `dtype`."""
@@ -219,7 +223,8 @@ class HQLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in the dtype of `input`.
 
-        A token that holds a NaN or an infinity gives NaN outputs. Where a gradient is asked for it is the
+        A token that holds a NaN or an infinity gives NaN outputs, and so do, where the means of samples are split off,
+        all tokens of its sample. Where a gradient is asked for it is the
         straight-through one (`layers.straight_through.StraightThrough`).
         """
         if torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad)):

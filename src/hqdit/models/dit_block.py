@@ -82,18 +82,19 @@ class FusedDiTBlock(BasicTransformerBlock):  # type: ignore[misc]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
 
         residual = hidden_states.reshape(-1, width)  # (batch tokens, width)
-        shared = attention.to_q.quantize_input(residual, LayerNormModulate(scale_attn, shift_attn, norm.norm.eps))
+        shared = attention.to_q.quantize_input(hidden_states, LayerNormModulate(scale_attn, shift_attn, norm.norm.eps))
         projected = backend.linear(shared, [layer.packed_weight for layer in _qkv(self)], dtype=dtype)
         query, key, value = (part.view(batch, tokens, attention.heads, -1) for part in projected)
-        mixed = backend.attention(query, key, value).view(batch * tokens, -1)
+        mixed = backend.attention(query, key, value).view(batch, tokens, -1)
         output = attention.to_out[0]
         (residual,) = backend.linear(
             output.quantize_input(mixed), [output.packed_weight], Epilogue(gate=gate_attn, residual=residual), dtype
         )
 
-        modulated = fc1.proj.quantize_input(residual, LayerNormModulate(scale_mlp, shift_mlp, self.norm3.eps))
+        by_sample = residual.view(batch, tokens, width)
+        modulated = fc1.proj.quantize_input(by_sample, LayerNormModulate(scale_mlp, shift_mlp, self.norm3.eps))
         (inner,) = backend.linear(modulated, [fc1.proj.packed_weight], dtype=dtype)
-        activated = fc2.quantize_input(inner, Pointwise(_GELU[fc1.approximate]))
+        activated = fc2.quantize_input(inner.view(batch, tokens, -1), Pointwise(_GELU[fc1.approximate]))
         (residual,) = backend.linear(activated, [fc2.packed_weight], Epilogue(gate=gate_mlp, residual=residual), dtype)
         return residual.view(batch, tokens, width)
 

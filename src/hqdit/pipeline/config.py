@@ -8,30 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hqdit.errors import UsageError
-from hqdit.formats.catalog import FORMAT_NAMES, FP4_FORMATS, format_from_json
-from hqdit.formats.number_format import FloatFormat, IntegerFormat, NumberFormat
-from hqdit.quantizers.scaling import SCALE_RULES
-from hqdit.quantizers.spec import (
-    ACTIVATION_GRANULARITIES,
-    SCALE_FORMATS,
-    STATIC_GRANULARITIES,
-    WEIGHT_GRANULARITIES,
-)
-from hqdit.transforms.rotation import parse_block
-
-#: Let data choose among E3M0, E2M1 and E1M2.
-SELECT_FP4 = "fp4"
-#: Activations take the format that was chosen for the weights of the layers that read them.
-SAME_AS_WEIGHTS = "same"
-
-GROUP_FITS = ("exact", "at-most")
-#: Of dynamic scales; clipped is absmax with a factor below 1.
-DYNAMIC_SCALE_RULES = ("absmax", "clipped", "rms")
-#: Of weights: those of `quantizers.scaling`, and mse with scales that are fitted to the codes afterwards.
-WEIGHT_SCALE_RULES = (*SCALE_RULES, "mse-refit")
-SMOOTHING_STATISTICS = ("absmax", "rms")
-
-KEEP_DTYPES = ("float32", "bfloat16", "float16")
+from hqdit.formats.catalog import FP4_FORMATS, format_from_json
+from hqdit.formats.number_format import IntegerFormat, NumberFormat
+from hqdit.pipeline.config_checks import SAME_AS_WEIGHTS, SELECT_FP4, require_valid
+from hqdit.quantizers.spec import STATIC_GRANULARITIES
 
 
 @dataclass(frozen=True)
@@ -62,10 +42,16 @@ class QuantizationConfig:
         act_order: GPTQ visits columns by descending Hessian diagonal.
         smoothing: alpha of SmoothQuant, from 0 to 1, or None for no smoothing; it comes before the rotation.
         smoothing_statistic: "absmax" or "rms": what the factors of smoothing are made of.
-        centring: subtract every channel's mean over calibration data from the input; the bias takes it over.
+        centring: "static": subtract every channel's mean over calibration data from the input; the bias takes it over.
+            "sample": where that is predicted to pay, subtract what is left of the mean over the tokens of each sample,
+            too, which goes through the layer in 8 bits.
         emphasis: the most directions in which an input is stretched because the model's output is sensitive to them
             (`quantizers.emphasis`); 0 for none.
         bias_correction: let the bias take over the mean of a layer's rounding error over calibration data.
+        average_bits: give the inputs through which most of the error comes 8 bits, as long as the mean over the layers
+            of the bits for each number of their inputs, scales included, is at most this; None for no such inputs.
+        max_error: give inputs 8 bits until the predicted power of the output's error, relative to the output's, is at
+            most this; None for no such inputs, or with `average_bits` for as small an error as it allows.
         low_rank: rank of SVDQuant's 16-bit branch beside every quantized weight; 0 for none.
         format_search: formats and scales by LLM-FP4's search on the layer's output, instead of the statistic and the
             scale rule; the search finds scales per output channel, and static ones per input channel.
@@ -97,9 +83,11 @@ class QuantizationConfig:
     act_order: bool = False
     smoothing: float | None = None
     smoothing_statistic: str = "absmax"
-    centring: bool = False
+    centring: str = "none"
     emphasis: int = 0
     bias_correction: bool = False
+    average_bits: float | None = None
+    max_error: float | None = None
     low_rank: int = 0
     format_search: bool = False
     modulation: bool = True
@@ -109,135 +97,7 @@ class QuantizationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._require_types()
-        for flag, value, choices in (
-            ("--weight-granularity", self.weight_granularity, WEIGHT_GRANULARITIES),
-            ("--activation-granularity", self.activation_granularity, ACTIVATION_GRANULARITIES),
-            ("--format-granularity", self.format_granularity, ("layer", "channel")),
-            ("--group-fit", self.group_fit, GROUP_FITS),
-            ("--activation-scale-rule", self.activation_scale_rule, DYNAMIC_SCALE_RULES),
-            ("--scale-format", self.scale_format, SCALE_FORMATS),
-            ("--scale-rule", self.scale_rule, WEIGHT_SCALE_RULES),
-            ("--smoothing-statistic", self.smoothing_statistic, SMOOTHING_STATISTICS),
-            ("--keep-dtype", self.keep_dtype, (None, *KEEP_DTYPES)),
-        ):
-            if value not in choices:
-                raise UsageError(
-                    f"{flag}: found {value!r}, needed one of {', '.join(str(c) for c in choices if c)}. Fix: pick one"
-                )
-        for flag, value, word in (
-            ("--weights", self.weights, SELECT_FP4),
-            ("--activations", self.activations, SELECT_FP4 if self.format_search else SAME_AS_WEIGHTS),
-        ):
-            if value != word:
-                _parse_format(flag, value, word)
-        if not 0 < self.alpha < 1:  # a NaN fails as well
-            raise UsageError(
-                f"--alpha: found {self.alpha}, needed a number strictly between 0 and 1. Fix: 0.25 is the default"
-            )
-        if self.rotation not in ("full", "none"):
-            parse_block(self.rotation)
-        uses_groups = "group" in (self.weight_granularity, self.activation_granularity)
-        if uses_groups and (self.group_size is None or self.group_size < 4 or self.group_size % 4):
-            raise UsageError(
-                f"--group-size: found {self.group_size}, needed a positive multiple of 4 for the granularity group. "
-                "Fix: for example --group-size 36"
-            )
-        if not uses_groups and self.group_size is not None:
-            raise UsageError(
-                f"--group-size: found {self.group_size} without a granularity that uses it, needed "
-                "--weight-granularity group or --activation-granularity group. Fix: add one of them"
-            )
-        if self.format_granularity == "channel" and (self.weights != SELECT_FP4 or self.weight_granularity == "tensor"):
-            raise UsageError(
-                "--format-granularity: found channel, needed --weights fp4 and scales per channel or group. "
-                "Fix: use --format-granularity layer"
-            )
-        if self.fold_value_rotation and self.rotation != "full":
-            raise UsageError(
-                f"--fold-value-rotation: found rotation {self.rotation}, needed full. Fix: add --rotation full"
-            )
-        self._require_methods()
-        if self.seed < 0:
-            raise UsageError(f"--seed: found {self.seed!r}, needed an integer of at least 0. Fix: 0 is the default")
-
-    def _require_methods(self) -> None:
-        """Smoothing, the low-rank branch and the search: values, and what does not go together."""
-        if self.smoothing is not None and not 0 <= self.smoothing <= 1:  # a NaN fails as well
-            raise UsageError(f"--smoothing: found {self.smoothing}, needed a number from 0 to 1. Fix: for example 0.5")
-        if self.low_rank < 0:
-            raise UsageError(f"--low-rank: found {self.low_rank}, needed a rank of at least 0. Fix: for example 32")
-        if self.low_rank and self.fold_value_rotation:
-            raise UsageError(
-                f"--low-rank: found {self.low_rank} with --fold-value-rotation, needed the unrotated input that the "
-                "branch reads. Fix: use --no-fold-value-rotation"
-            )
-        if self.emphasis < 0:
-            raise UsageError(f"--emphasis: found {self.emphasis}, needed a rank of at least 0. Fix: for example 4")
-        for flag, value in (("--emphasis", self.emphasis), ("--centring", self.centring)):
-            if value and self.fold_value_rotation:
-                raise UsageError(
-                    f"{flag}: found {value} with --fold-value-rotation, needed the unrotated input. "
-                    "Fix: use --no-fold-value-rotation"
-                )
-        self._require_scales()
-        if not self.format_search:
-            return
-        settings = (self.weight_granularity, self.activation_granularity, self.format_granularity, self.scale_rule)
-        if settings != ("channel", "channel", "layer", "absmax"):
-            raise UsageError(
-                f"--format-search: found granularities {', '.join(settings[:3])} and scale rule {settings[3]}, needed "
-                "channel for weights and activations, layer for formats and absmax, because the search finds the "
-                "scales. Fix: add --activation-granularity channel"
-            )
-        for flag, formats in (("--weights", self.weight_candidates), ("--activations", self.activation_candidates)):
-            if not all(isinstance(fmt, FloatFormat) for fmt in formats):
-                raise UsageError(
-                    f"{flag}: found {formats[0]} with --format-search, needed fp4 or a floating point format, which "
-                    "has an exponent bias. Fix: use fp4, or --no-format-search"
-                )
-
-    def _require_scales(self) -> None:
-        """Rules of activation scales, formats of scales and fits of groups: what does not go together."""
-        if self.activation_scale_rule != "absmax" and self.activation_granularity in ("tensor", "channel"):
-            raise UsageError(
-                f"--activation-scale-rule: found {self.activation_scale_rule} with static scales, needed dynamic ones. "
-                "Fix: use --activation-granularity token, group or channel-token, or the rule absmax"
-            )
-        if self.scale_format != "float32" and "group" not in (self.weight_granularity, self.activation_granularity):
-            raise UsageError(
-                f"--scale-format: found {self.scale_format} without groups, needed scales of groups. "
-                "Fix: add --weight-granularity group or --activation-granularity group"
-            )
-        sensitive = self.sensitive_group_size
-        if sensitive is not None and (self.group_size is None or sensitive < 4 or sensitive % 4):
-            raise UsageError(
-                f"--sensitive-group-size: found {sensitive} with group size {self.group_size}, needed a positive "
-                "multiple of 4 beside --group-size. Fix: for example --sensitive-group-size 16"
-            )
-        if self.group_fit != "exact" and self.group_size is None:
-            raise UsageError(
-                f"--group-fit: found {self.group_fit} without groups, needed a group size. Fix: add --group-size 36"
-            )
-        if self.smoothing_statistic != "absmax" and self.smoothing is None:
-            raise UsageError(
-                f"--smoothing-statistic: found {self.smoothing_statistic} without smoothing, needed its strength. "
-                "Fix: add --smoothing 0.5"
-            )
-
-    def _require_types(self) -> None:
-        for name, kinds in _FIELD_TYPES.items():
-            value = getattr(self, name)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                needed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-                raise UsageError(
-                    f"QuantizationConfig.{name}: found {value!r}, needed {needed}. Fix: give it a value of that type"
-                )
-        for name in ("include", "exclude"):
-            if not all(isinstance(pattern, str) for pattern in getattr(self, name)):
-                raise UsageError(
-                    f"QuantizationConfig.{name}: found {getattr(self, name)!r}, needed name patterns. Fix: pass strings"
-                )
+        require_valid(self, _FIELD_TYPES)
 
     @property
     def weight_candidates(self) -> tuple[NumberFormat, ...]:
@@ -264,12 +124,18 @@ class QuantizationConfig:
     @property
     def needs_survey(self) -> bool:
         """Whether the float model's inputs have to be known before anything is quantized."""
-        return self.smoothing is not None or self.centring or self.needs_gradients
+        return self.smoothing is not None or self.centring != "none" or self.needs_gradients
 
     @property
     def needs_gradients(self) -> bool:
         """Whether it has to be known how strongly the model's output depends on every input."""
-        return self.emphasis > 0 or self.sensitive_group_size is not None
+        return (
+            self.emphasis > 0
+            or self.sensitive_group_size is not None
+            or self.centring == "sample"
+            or self.average_bits is not None
+            or self.max_error is not None
+        )
 
     def group_size_for(self, width: int, is_sensitive: bool = False) -> int | None:
         """Channels per group of a layer, or None without groups.
@@ -361,34 +227,26 @@ _ADDED: dict[str, Any] = {
     "activation_scale_rule": "absmax",
     "scale_format": "float32",
     "smoothing_statistic": "absmax",
-    "centring": False,
+    "centring": "none",
     "emphasis": 0,
     "bias_correction": False,
+    "average_bits": None,
+    "max_error": None,
 }
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("weights", "activations", "weight_granularity", "activation_granularity", "rotation"), (str,)),
     **dict.fromkeys(("format_granularity", "scale_rule", "group_fit", "activation_scale_rule"), (str,)),
-    **dict.fromkeys(("scale_format", "smoothing_statistic"), (str,)),
+    **dict.fromkeys(("scale_format", "smoothing_statistic", "centring"), (str,)),
     **dict.fromkeys(("fold_value_rotation", "gptq", "act_order", "format_search", "modulation"), (bool,)),
-    **dict.fromkeys(("centring", "bias_correction"), (bool,)),
+    "bias_correction": (bool,),
     **dict.fromkeys(("include", "exclude"), (tuple,)),
     **dict.fromkeys(("group_size", "sensitive_group_size"), (int, type(None))),
     "keep_dtype": (str, type(None)),
     "alpha": (float, int),
-    "smoothing": (float, int, type(None)),
+    **dict.fromkeys(("smoothing", "average_bits", "max_error"), (float, int, type(None))),
     **dict.fromkeys(("low_rank", "emphasis", "seed"), (int,)),
 }
-
-
-def _parse_format(flag: str, value: object, word: str) -> None:
-    try:
-        format_from_json(value)
-    except UsageError as error:
-        raise UsageError(
-            f"{flag}: found {value!r}, needed {word}, {', '.join(FORMAT_NAMES)} or table:n,...,n (16 ascending "
-            "integers from -128 to 127). Fix: pick one of them"
-        ) from error
 
 
 #: (weight bits, activation bits) of each bit width that a preset comes in.
@@ -404,7 +262,7 @@ _PLUS = _PAPER.replace(
     act_order=True,
     smoothing=0.5,
     smoothing_statistic="rms",
-    centring=True,
+    centring="sample",
     emphasis=8,
     bias_correction=True,
 )

@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hqdit.calibration.capture import BlockStream, InputConsumer
+from hqdit.calibration.capture import BlockStream, InputConsumer, SampleConsumer
 from hqdit.formats.catalog import format_from_json
 from hqdit.formats.number_format import NumberFormat
 from hqdit.gptq.hessian import InputMoments
 from hqdit.gptq.solver import gptq_quantize
-from hqdit.kernels.activation import quantize_activation
+from hqdit.kernels.activation import quantize_centred
 from hqdit.layers.matrix_layers import weight_matrix
 from hqdit.layers.pointwise_conv import quantized_class
-from hqdit.pipeline.config import SAME_AS_WEIGHTS, QuantizationConfig
+from hqdit.pipeline.config import QuantizationConfig
+from hqdit.pipeline.config_checks import SAME_AS_WEIGHTS
 from hqdit.pipeline.known_input import KnownInput
+from hqdit.pipeline.mixed_precision import WIDE_FORMAT
 from hqdit.pipeline.plan import PlannedLayer, QuantizationPlan, activation_spec, weight_spec
 from hqdit.pipeline.record import QuantizationRecord
 from hqdit.pipeline.rotation_check import signs_of, weight_to_rotate
@@ -103,7 +105,7 @@ class InputGroup:
         # Where earlier layers have absorbed the factors, inputs and weights are smoothed already.
         self._applied_scale = known.scale if self._first.smoothing == "applied" else None
         self._shift, self._emphasis, self._is_sensitive = known.shift, known.emphasis, known.is_sensitive
-        self._error_share = known.error_share
+        self._error_share, self._centring, self._is_wide = known.error_share, known.centring, known.is_wide
         self._layers = [self._prepared(layer, plan) for layer in layers]
 
     def quantize(self, record: QuantizationRecord) -> None:
@@ -186,10 +188,13 @@ class InputGroup:
         return _Choice(activation, channel_scale, None, found.weight_format, found.error)
 
     def _capture(self, consume: InputConsumer, what: str) -> None:
+        """Hand the prepared inputs to `consume`."""
+        self._capture_samples(lambda x, _samples: consume(self._prepared_input(x)), what)
+
+    def _capture_samples(self, consume: SampleConsumer, what: str) -> None:
+        """Hand the inputs as they come to `consume`."""
         assert self._stream is not None  # needs_calibration made sure of it
-        self._stream.capture(
-            self._first.site, lambda x: consume(self._prepared_input(x)), f"{what} of {self._first.site.input_group}"
-        )
+        self._stream.capture_samples(self._first.site, consume, f"{what} of {self._first.site.input_group}")
 
     def _channel_absmax(self, is_signed: bool) -> Tensor:
         """Largest magnitude of every rotated channel over the calibration data, float64, never zero.
@@ -216,16 +221,20 @@ class InputGroup:
     def _moments(self, choice: _Choice) -> InputMoments:
         moments = InputMoments(self._first.in_features, self._device)
 
-        def accumulate(x: Tensor) -> None:
-            scaled = x if choice.channel_scale is None else x / choice.channel_scale
-            moments.add(scaled, quantize_activation(scaled, choice.activation, choice.static_scale).dequantize())
+        def accumulate(x: Tensor, samples: int | None) -> None:
+            prepared = self._prepared_input(x)
+            scaled = prepared if choice.channel_scale is None else prepared / choice.channel_scale
+            found = quantize_centred(scaled, choice.activation, choice.static_scale, samples or 1)
+            moments.add(scaled, found.dequantize())
 
-        self._capture(accumulate, "Hessian")
+        self._capture_samples(accumulate, "Hessian")
         return moments
 
     def _activation_spec(self) -> ActivationSpec:
         """Format of the shared input: as asked, or the one that all the layers reading it would choose together."""
         config = self._config
+        if self._is_wide:
+            return self._activation_of(WIDE_FORMAT)
         fmt = config.activation_candidates[0]
         if len(config.activation_candidates) > 1:
             together = torch.cat([layer.weight.reshape(1, -1) for layer in self._layers], dim=1)
@@ -236,7 +245,7 @@ class InputGroup:
     def _activation_of(self, fmt: NumberFormat) -> ActivationSpec:
         """The specification of the shared input in the format `fmt`."""
         rank = 0 if self._emphasis is None else len(self._emphasis.directions)
-        return activation_spec(self._config, fmt, self._first, rank, self._is_sensitive)
+        return activation_spec(self._config, fmt, self._first, rank, self._is_sensitive, self._centring)
 
     def _replace(
         self, layer: _Layer, choice: _Choice, moments: InputMoments | None, record: QuantizationRecord

@@ -13,7 +13,8 @@ from hqdit.layers.linear import HQLinear
 from hqdit.layers.matrix_layers import is_matrix_layer, matrix_shape
 from hqdit.models.adapter import LinearSite, adapter_for
 from hqdit.models.precision import stays_in_float32
-from hqdit.pipeline.config import SELECT_FP4, QuantizationConfig
+from hqdit.pipeline.config import QuantizationConfig
+from hqdit.pipeline.config_checks import SELECT_FP4
 from hqdit.quantizers.expected_scale import absmax_factor, rms_factor
 from hqdit.quantizers.spec import ActivationSpec, LinearSpec, WeightSpec, require_group_size
 from hqdit.transforms.rotation import RotationSpec, plan_rotation
@@ -70,7 +71,7 @@ def _policy(config: QuantizationConfig) -> str:
     parts = [weights, f"input {config.activations}"]
     parts += ["searched"] if config.format_search else []
     parts += [f"smoothed by alpha {config.smoothing:g}"] if config.smoothing is not None else []
-    parts += ["centred"] if config.centring else []
+    parts += [f"centred ({config.centring})"] if config.centring != "none" else []
     parts += [f"at most {config.emphasis} emphasised directions"] if config.emphasis else []
     parts += [f"16-bit branch of rank {config.low_rank}"] if config.low_rank else []
     return "; ".join(parts)
@@ -117,6 +118,7 @@ def activation_spec(
     layer: PlannedLayer,
     emphasis: int = 0,
     is_sensitive: bool = False,
+    centring: str | None = None,
 ) -> ActivationSpec:
     """The specification of a layer's input in the format `fmt`, as `config` asks for it.
 
@@ -126,6 +128,7 @@ def activation_spec(
         layer: its width and the place of its smoothing.
         emphasis: rank of the emphasis that was chosen.
         is_sensitive: whether much of the model's error comes through the input.
+        centring: that was chosen; None for the one that needs no data.
     """
     group_size = None
     if config.activation_granularity == "group":
@@ -142,7 +145,7 @@ def activation_spec(
         "rms" if config.activation_scale_rule == "rms" else "absmax",
         factor,
         config.scale_format if group_size is not None else "float32",
-        config.centring,
+        centring or ("none" if config.centring == "none" else "static"),
         emphasis,
     )
 

@@ -124,7 +124,7 @@ def _input_scale(
         factors = smoothing_factors(survey.absmax, weights.abs().amax(dim=0), config.smoothing)
     else:
         # The mean is subtracted before anything is rounded, so that it needs no range.
-        power = survey.mean_square - survey.mean.square() if config.centring else survey.mean_square
+        power = survey.mean_square - survey.mean.square() if config.centring != "none" else survey.mean_square
         columns = weights.to(torch.float64).square().mean(dim=0).sqrt()
         factors = smoothing_factors(power.clamp_min(0).sqrt(), columns, config.smoothing)
     return factors.reciprocal().to(torch.float32)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hqdit.calibration.capture import BlockStream, CalibrationData
+from hqdit.kernels.activation import over_tokens, split_means
 from hqdit.models.adapter import adapter_for
 from hqdit.pipeline.plan import QuantizationPlan
 from hqdit.randomness import random_stream
@@ -26,12 +27,16 @@ class InputSurvey:
         mean_square: mean of the squares, float64 (in_features,).
         mean: float64 (in_features,).
         sample: `SAMPLE_TOKENS` tokens, or all if there are fewer, drawn evenly: float32 (tokens, in_features).
+        sample_means: for each of these the mean of all tokens of its own sample (image), float32 (tokens, in_features).
+        has_samples: whether samples have several tokens; otherwise all tokens together count as one for these means.
     """
 
     absmax: Tensor
     mean_square: Tensor
     mean: Tensor
     sample: Tensor
+    sample_means: Tensor
+    has_samples: bool
 
     @property
     def rms(self) -> Tensor:
@@ -59,8 +64,14 @@ class TokenSample:
         # Those with the smallest random keys are a sample without replacement.
         together = torch.cat([self._keys, torch.from_numpy(self._random.random(len(x)))])
         chosen = together.argsort(stable=True)[: self._count]
-        rows = x if self._tokens is None else torch.cat([self._tokens, x])
-        self._tokens, self._keys = rows[chosen.to(x.device)], together[chosen]
+        # Few rows of a batch are chosen: only these are copied.
+        known = chosen < len(self._keys)
+        new = x[(chosen[~known] - len(self._keys)).to(x.device)]
+        rows = x.new_empty(len(chosen), x.shape[1])
+        rows[~known] = new
+        if self._tokens is not None:
+            rows[known] = self._tokens[chosen[known].to(x.device)]
+        self._tokens, self._keys = rows, together[chosen]
 
     def tokens(self, in_features: int) -> Tensor:
         """What was chosen, (tokens, in_features)."""
@@ -86,7 +97,7 @@ def survey_inputs(
         for group, layers in groupby(of_block, key=lambda p: p.site.input_group):
             first = next(layers)
             found = _Survey(first.in_features, next(model.parameters()).device, seed, group)
-            stream.capture(first.site, found.add, f"survey of {group}")
+            stream.capture_samples(first.site, found.add, f"survey of {group}")
             surveys[group] = found.survey
         stream.advance(block)
     return surveys
@@ -101,17 +112,23 @@ class _Survey:
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._squares = torch.zeros(width, dtype=torch.float64, device=device)
         self._sample = TokenSample(SAMPLE_TOKENS, seed, f"survey/{group}")
+        self._has_samples = True
         self._count = 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, samples: int | None) -> None:
         wide = x.to(torch.float64)
         torch.maximum(self._absmax, wide.abs().amax(dim=0), out=self._absmax)
         self._sum += wide.sum(dim=0)
         self._squares += wide.square().sum(dim=0)
-        self._sample.add(x.to(torch.float32))
+        tokens = x.to(torch.float32)
+        self._has_samples &= samples is not None
+        mean, _ = split_means(tokens, samples or 1)
+        self._sample.add(torch.cat([tokens, over_tokens(mean, len(x))], dim=1))
         self._count += len(x)
 
     @property
     def survey(self) -> InputSurvey:
         count = max(self._count, 1)
-        return InputSurvey(self._absmax, self._squares / count, self._sum / count, self._sample.tokens(self._width))
+        sample, sample_means = self._sample.tokens(2 * self._width).chunk(2, dim=1)
+        moments = self._absmax, self._squares / count, self._sum / count
+        return InputSurvey(*moments, sample, sample_means, self._has_samples)

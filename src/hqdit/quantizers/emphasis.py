@@ -25,8 +25,11 @@ from torch import Tensor
 EMPHASIS_DTYPE = torch.bfloat16
 #: A direction is stretched by at most this.
 LARGEST_STRETCH = 32.0
-#: Rank is worth its cost while it takes at least this share from the predicted error of the whole model.
+#: Directions are worth their time while they take at least this share from the predicted error of the whole model.
 LEAST_SHARE = 0.005
+#: What a bit more for every weight would take from the error: numbers of b bits have errors of power 4^-b, and the
+#: derivative of its logarithm is this. Bits that go into directions have to take as much.
+SHARE_PER_BIT = 2 * math.log(2)
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,31 @@ class EmphasisCandidates:
 
     Args:
         inputs: x, floating point (tokens, in_features), as they come before the rotation.
-        gradients: floating point (rows, in_features): rows whose Gram matrix is proportional to the second moment of
-            the gradient of the model's output at this input, with one constant for the whole model.
+        gradients: floating point (rows, in_features), at least two: rows whose Gram matrix is proportional to the
+            second moment of the gradient of the model's output at this input, with one constant for the whole model;
+            the odd rows and the even ones come from different tokens.
         rank: the most directions.
+        readers: how many layers read the input, each of which stores its directions.
 
     Attributes:
         errors: float64 (rank + 1,), what is predicted to reach the output with 0, 1, ... directions; comparable between
             inputs of one model.
     """
 
-    def __init__(self, inputs: Tensor, gradients: Tensor, rank: int) -> None:
+    def __init__(self, inputs: Tensor, gradients: Tensor, rank: int, readers: int = 1) -> None:
         x, g = inputs.to(torch.float64), gradients.to(torch.float64)
+        self._readers = readers
         self._power: float = float(x.square().sum(dim=1).mean()) if len(x) else 0.0
         self._sensitivity: float = float(g.square().sum())
-        self._basis: Tensor = torch.linalg.svd(g, full_matrices=False)[2][:rank]
+        self._along_g: Tensor = _held_out_powers(g, rank)
+        self._basis: Tensor = torch.linalg.svd(g, full_matrices=False)[2][: len(self._along_g)]
         self._along_x: Tensor = (x @ self._basis.T).square().mean(dim=0) if len(x) else torch.zeros(len(self._basis))
-        self._along_g: Tensor = (g @ self._basis.T).square().sum(dim=0)
         self.errors = torch.tensor([self._error(r) for r in range(len(self._basis) + 1)], dtype=torch.float64)
+
+    @property
+    def direction_bits(self) -> int:
+        """What one direction takes in the checkpoint."""
+        return self._readers * self._basis.shape[1] * EMPHASIS_DTYPE.itemsize * 8
 
     def directions(self, rank: int) -> Tensor:
         """B for the first `rank` directions, bfloat16 (rank, in_features)."""
@@ -89,34 +100,51 @@ class EmphasisCandidates:
         return float(power * sensitivity / self._basis.shape[1])
 
 
-def choose_emphases(candidates: Mapping[str, EmphasisCandidates]) -> dict[str, Emphasis]:
-    """For every input the lowest rank that leaves hardly more of the whole model's error than the best one.
+def _held_out_powers(gradients: Tensor, rank: int) -> Tensor:
+    """The power of the gradients along the first directions that other gradients of the same input give, (rank,).
+
+    Along the directions that fit a few rows best, these rows have more power than others, even if no direction is
+    special: the largest of n singular values of a random (m, n) matrix is 1 + sqrt(n / m) times the common one.
+    """
+    halves = gradients[0::2], gradients[1::2]
+    rank = min(rank, len(halves[1]))
+    bases = [torch.linalg.svd(half, full_matrices=False)[2][:rank] for half in halves]
+    found = [(other @ basis.T).square().sum(dim=0) for other, basis in zip(reversed(halves), bases, strict=True)]
+    powers: Tensor = found[0] + found[1]
+    return powers
+
+
+def choose_emphases(candidates: Mapping[str, EmphasisCandidates], weights: int) -> dict[str, Emphasis]:
+    """For every input the rank that pays best: the share of the whole model's error that it takes, less its price.
 
     Args:
         candidates: input -> its directions, for all inputs of one model.
+        weights: how many numbers the weights of the model's quantized layers have.
 
     Returns:
         Input -> what was chosen, without the inputs that are left as they are.
     """
-    total = math.fsum(float(found.errors[0]) for found in candidates.values())
+    # What is left with the best of everything: the less that is, the more a share of it matters.
+    total = math.fsum(float(found.errors.min()) for found in candidates.values())
+    before_all = math.fsum(float(found.errors[0]) for found in candidates.values())
     chosen = {}
     for name, found in candidates.items():
-        best = float(found.errors.min())
-        rank = next(r for r, error in enumerate(found.errors.tolist()) if error - best <= LEAST_SHARE * total)
+        price = SHARE_PER_BIT * found.direction_bits / weights
+        costs = [error + total * price * rank for rank, error in enumerate(found.errors.tolist())]
+        best = min(costs)
+        rank = next(r for r, cost in enumerate(costs) if cost - best <= LEAST_SHARE * total)
         if rank:
             before, after = float(found.errors[0]), float(found.errors[rank])
-            chosen[name] = Emphasis(found.directions(rank), before / total, 10 * math.log10(before / after))
+            chosen[name] = Emphasis(found.directions(rank), before / before_all, 10 * math.log10(before / after))
     return chosen
 
 
-def error_shares(candidates: Mapping[str, EmphasisCandidates], chosen: Mapping[str, Emphasis]) -> dict[str, float]:
-    """Input -> its share of the error that is predicted to reach the model's output with what was chosen."""
-    left = {
+def predicted_errors(candidates: Mapping[str, EmphasisCandidates], chosen: Mapping[str, Emphasis]) -> dict[str, float]:
+    """Input -> the error that is predicted to reach the model's output with what was chosen, up to one constant."""
+    return {
         name: float(found.errors[len(chosen[name].directions) if name in chosen else 0])
         for name, found in candidates.items()
     }
-    total = math.fsum(left.values())
-    return {name: error / total if total > 0 else 0.0 for name, error in left.items()}
 
 
 def emphasise(x: Tensor, directions: Tensor) -> Tensor:

@@ -60,6 +60,24 @@ def rms_factor(fmt: NumberFormat, size: int) -> float:
     return min((unit * step * _STEP for step in _RMS_STEPS), key=lambda factor: _error(rows, rms * factor, fmt))
 
 
+@lru_cache(maxsize=256)
+def normal_error(fmt: NumberFormat, size: int, rule: str) -> float:
+    """Squared error of `size` normal numbers that share a scale, relative to their power.
+
+    Args:
+        fmt: signed.
+        size: how many numbers share the scale.
+        rule: "absmax", "clipped" or "rms".
+    """
+    rows = _normal_rows(size)
+    if rule == "rms":
+        scale = rows.square().mean(dim=1, keepdim=True).sqrt() * rms_factor(fmt, size)
+    else:
+        share = absmax_factor(fmt, size) if rule == "clipped" else 1.0
+        scale = rows.abs().amax(dim=1, keepdim=True) / fmt.max_level * share
+    return _error(rows, scale, fmt) / float(rows.to(torch.float64).square().sum())
+
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # the cache outlives the mode of the call that fills it
 def _normal_rows(size: int) -> Tensor:

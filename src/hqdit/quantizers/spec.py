@@ -34,10 +34,16 @@ SCALE_FORMATS = ("float32", "e4m3")
 #: Where the factors that smooth a layer's input are applied: nowhere, by the layers before it, or by the layer.
 SMOOTHING_PLACES = ("none", "folded", "applied")
 
-#: The dtype in which the mean of a centred input is stored; what rounding takes from it the bias does not see.
+#: What is subtracted from an input before anything is rounded: nothing; every channel's mean over calibration data,
+#: whose product the bias holds; or, after that, the mean of what is left over the tokens of each sample, which goes
+#: through the layer in 8 bits.
+CENTRINGS = ("none", "static", "sample")
+
+#: The dtype in which the static mean of a centred input is stored; what rounding takes from it the bias does not see.
 SHIFT_DTYPE = torch.bfloat16
 
 INT32_MAX = 2**31 - 1
+FLOAT32_BITS = 32
 
 
 def require_group_size(group_size: int | None, width: int, where: str) -> int:
@@ -98,7 +104,7 @@ class ActivationSpec:
         scale_factor: a dynamic scale is this times absmax / top, or this times the root mean square. Below 1, the
             largest numbers under absmax saturate.
         scale_format: one of `SCALE_FORMATS`; "e4m3" for granularity group only.
-        is_centred: whether a static mean per channel is subtracted first; the bias holds what it stood for.
+        centring: one of `CENTRINGS`.
         emphasis: number of directions in which the input is stretched before the rotation (`quantizers.emphasis`).
     """
 
@@ -109,8 +115,15 @@ class ActivationSpec:
     scale_rule: str = "absmax"
     scale_factor: float = 1.0
     scale_format: str = "float32"
-    is_centred: bool = False
+    centring: str = "none"
     emphasis: int = 0
+
+    def bits_per_number(self, width: int) -> float:
+        """Bits of the codes and of the dynamic scales for each number of an input of `width` channels."""
+        scales = width // self.group_size if self.group_size else int(self.has_dynamic_scale)
+        # Short scales have 8 bits each, and the exponent of the unit that a token's scales share has 8.
+        scale_bits = 8 * (scales + 1) if self.has_short_scales else FLOAT32_BITS * scales
+        return self.format.bits + scale_bits / width
 
     @property
     def has_dynamic_scale(self) -> bool:
@@ -170,6 +183,7 @@ class LinearSpec:
                 f"{', '.join(SMOOTHING_PLACES)}. Fix: pick one of them"
             )
         self._require_rank()
+        self._require_centring()
         self._require_emphasis()
         self._require_scales()
         for side in (self.weight, self.activation):
@@ -230,6 +244,19 @@ class LinearSpec:
             raise UsageError(
                 f"{self.name}: found a low-rank branch behind a rotation that is folded into the value projection, "
                 "needed the unrotated input. Fix: use --no-fold-value-rotation"
+            )
+
+    def _require_centring(self) -> None:
+        activation = self.activation
+        if activation.centring not in CENTRINGS:
+            raise UsageError(
+                f"{self.name}: found centring {activation.centring!r}, needed one of {', '.join(CENTRINGS)}. "
+                "Fix: pick one of them"
+            )
+        if activation.centring == "sample" and activation.granularity in STATIC_GRANULARITIES:
+            raise UsageError(
+                f"{self.name}: found centring by sample with activation granularity {activation.granularity!r}, needed "
+                "scales that are found for each token. Fix: use granularity token or group, or --centring static"
             )
 
     def _require_emphasis(self) -> None:
@@ -310,8 +337,8 @@ class LinearSpec:
             activation["scale_rule"] = self.activation.scale_rule
         if self.activation.scale_factor != 1:
             activation["scale_factor"] = self.activation.scale_factor
-        if self.activation.is_centred:
-            activation["is_centred"] = True
+        if self.activation.centring != "none":
+            activation["centring"] = self.activation.centring
         if self.activation.emphasis:
             activation["emphasis"] = self.activation.emphasis
         return {
@@ -353,7 +380,7 @@ class LinearSpec:
                     activation.get("scale_rule", "absmax"),
                     activation.get("scale_factor", 1.0),
                     activation.get("scale_format", "float32"),
-                    activation.get("is_centred", False),
+                    activation.get("centring", "none"),
                     activation.get("emphasis", 0),
                 ),
                 RotationSpec.from_json(rotation, int(value["in_features"])),

@@ -12,7 +12,7 @@ from hqdit.errors import UsageError
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.backend import TorchBackend
 from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight
-from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise, before_rotation
+from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise
 from hqdit.kernels.triton import library, product_operation, rotate_quantize_operation, tiles
 from hqdit.quantizers.spec import ActivationSpec
 
@@ -25,7 +25,7 @@ KNOWN_FIELDS = (
     "scale_rule",
     "scale_factor",
     "scale_format",
-    "is_centred",
+    "centring",
     "emphasis",
 )
 
@@ -47,21 +47,20 @@ class TritonBackend(TorchBackend):
     def unavailable_reason(self) -> str | None:
         return library.unavailable_reason()
 
-    def quantize_input(self, x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
+    def quantize_input(
+        self, x: Tensor, preparation: InputPreparation, front: Front = None, samples: int = 1
+    ) -> QuantizedActivation:
         tables, activation = preparation.tables, preparation.activation
         group_size = activation.group_size or x.shape[1]
         _require_known(activation)
         # Scales in 8 bits have no kernel here.
         if tables is None or activation.has_short_scales:
-            return super().quantize_input(x, preparation, front)
-        if preparation.emphasis is not None:
-            # The kernel does not know this step, which few inputs have: it is done beforehand, with all before it.
-            x = before_rotation(x, preparation, front)
-            preparation = preparation._replace(emphasis=None, input_shift=None, input_scale=None)
-            front = None
+            return super().quantize_input(x, preparation, front, samples)
+        if not preparation.is_plain:
+            return self._quantize_in_parts(x, preparation, front, samples)
         tile = tiles.token_tile(x.shape[1], tables.sylvester, tables.paley, tables.inner, group_size)
         if not tile.fits(library.shared_memory(x.device)):
-            return super().quantize_input(x, preparation, front)
+            return super().quantize_input(x, preparation, front, samples)
         function = scale = shift = None
         eps = 0.0
         if isinstance(front, Pointwise):
@@ -96,7 +95,7 @@ class TritonBackend(TorchBackend):
         )
         return QuantizedActivation(levels, token_scale)
 
-    def linear(
+    def product(
         self,
         activation: QuantizedActivation,
         weights: Sequence[PackedWeight],
@@ -105,7 +104,7 @@ class TritonBackend(TorchBackend):
     ) -> list[Tensor]:
         has_kernel = activation.levels.dtype == torch.int8 and all(w.level_tables is not None for w in weights)
         if not has_kernel:
-            return super().linear(activation, weights, epilogue, dtype)
+            return super().product(activation, weights, epilogue, dtype)
         # Other dtypes are rounded from float32, which is what they mean: the residual is added in float32 as well.
         kernel_dtype = dtype if dtype in library.KERNEL_DTYPES else torch.float32
         residual = None if epilogue.residual is None else _in_rows(epilogue.residual.to(kernel_dtype))
