@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-oldest native-test bench bench-peers lint soak soak-records estimates reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress peer-accuracy records readme support-matrix package clean
+.PHONY: help demo test test-oldest native-test bench bench-peers lint soak soak-records estimates reproduce train-digits train-shapes train-classifier train-shapes-classifier check-digits check-shapes stress peer-accuracy group-sizes records readme support-matrix package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)$$/\1|\2/p' Makefile | awk -F'|' '{printf "  %-25s%s\n", $$1, $$2}'
@@ -102,6 +102,9 @@ stress: $(VENV)/.stamp-run ## measure what activation outliers cost (c = 1, 10, 
 peer-accuracy: $(VENV)/.stamp-run ## measure the accuracy of presets beside other libraries; PRESETS='NAME...'
 	-$(MAKE) bench-peers
 	$(BIN)/python benchmarks/peer_accuracy.py --out docs/records/peer_accuracy $(if $(PRESETS),--presets $(PRESETS))
+
+group-sizes: $(VENV)/.stamp-run ## measure what groups of hqdit-plus cost in time and gain in accuracy, and keep the record
+	$(BIN)/python benchmarks/group_sizes.py --json benchmarks/results/group_sizes.json
 
 records: demo stress ## run demo and stress, keep their records and picture, and write README's tables from them
 	cp demo/record.json docs/records/demo.json

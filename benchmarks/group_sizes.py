@@ -43,7 +43,7 @@ BATCH = 2
 
 
 def quantized_blocks(folder: Path, blocks: int) -> dict[str, Any]:
-    """The rows' models, on random data: what is computed, and where, is what a trained model has."""
+    """The rows' models, on random data: a trained model may have means, directions and fine groups elsewhere."""
     write_float_model(folder / "float", blocks)
     generator = torch.Generator().manual_seed(2)
     side = 32

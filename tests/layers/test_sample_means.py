@@ -185,6 +185,17 @@ def test_the_epilogue_follows_the_means(name: str, dtype: torch.dtype, kind: str
     assert float((found.double() - expected).abs().max() / scale) < (1e-5 if dtype == torch.float32 else 2**-8)
 
 
+@pytest.mark.parametrize("name", sorted(RUNNABLE))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_a_compiled_layer_gives_the_same_bits(name: str, kind: str) -> None:
+    parts = Parts(kind)
+    torch._dynamo.reset()
+    with use_backend(name), torch.no_grad():
+        compiled = torch.compile(parts.layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(parts.x), parts.layer(parts.x))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_token_spoils_its_sample_only(bad: float) -> None:
     parts = Parts("groups")
@@ -200,6 +211,8 @@ def test_pixels_of_an_image_are_its_tokens() -> None:
     images = conv.x.reshape(SAMPLES, 2, TOKENS // 2, WIDTH).movedim(-1, 1)
     expected = linear.layer(linear.x).reshape(SAMPLES, 2, TOKENS // 2, OUT).movedim(-1, 1)
     assert torch.equal(conv.layer(images), expected)
+    # One image by itself: its rows are no samples.
+    assert torch.equal(conv.layer(images[0]), expected[0])
 
 
 def test_dequantized_it_is_the_same_function() -> None:

@@ -242,6 +242,20 @@ def test_settings_at_their_defaults_leave_no_trace_in_files() -> None:
     assert QuantizationConfig.from_json(PLUS.to_json()) == PLUS
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled_layers_are_one_graph_with_the_same_bits(plus: Any) -> None:
+    layers = list(quantized_layers(plus).values())
+    some = [next(layer for layer in layers if layer.emphasis is not None)]
+    some.append(next(layer for layer in layers if layer.spec.activation.centring == "sample"))
+    torch._dynamo.reset()
+    for layer in some:
+        x = torch.randn(2, 4, layer.in_features, generator=torch.Generator().manual_seed(8))
+        with torch.no_grad():
+            alone = copy.deepcopy(layer)
+            alone.shared_input = None
+            assert torch.equal(torch.compile(alone, backend="eager", fullgraph=True)(x), alone(x))
+
+
 def test_other_inputs_than_those_of_calibration_work(plus: Any) -> None:
     model = copy.deepcopy(plus)
     fields = inputs_of(model, 3, seed=77)

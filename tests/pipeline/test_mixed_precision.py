@@ -46,9 +46,12 @@ def bits_of(costs: dict[str, InputCost], wide: Any) -> float:
 
 @given(costs=models(), budget=st.floats(4.0, 9.0))
 def test_the_budget_is_kept_and_not_left_unused(costs: dict[str, InputCost], budget: float) -> None:
+    if bits_of(costs, ()) > budget:
+        with pytest.raises(UsageError, match=r"--average-bits: found .*, needed at least 4.250"):
+            choose_wide_inputs(costs, budget, None)
+        return
     wide = choose_wide_inputs(costs, budget, None)
-    if wide:
-        assert bits_of(costs, wide) <= budget * (1 + 1e-12)
+    assert bits_of(costs, wide) <= budget * (1 + 1e-12)
     for name, cost in costs.items():
         if name not in wide and cost.errors[1] < cost.errors[0]:
             assert bits_of(costs, wide | {name}) > budget * (1 - 1e-12)
@@ -69,10 +72,23 @@ def test_the_error_is_reached_with_no_input_too_many(costs: dict[str, InputCost]
 def test_an_error_out_of_reach_is_refused() -> None:
     costs = {"a": InputCost((0.1, 0.02), (4.0, 8.0), 1), "b": InputCost((0.2, 0.01), (4.0, 8.0), 1)}
     assert choose_wide_inputs(costs, None, 0.12) == {"b"}
-    with pytest.raises(NumericsError, match=r"--max-error: found a predicted error of 0.03 .* everywhere"):
+    with pytest.raises(NumericsError, match=r"--max-error: found a predicted error of 0.03 .* for 2 of 2 inputs"):
         choose_wide_inputs(costs, None, 0.02)
-    with pytest.raises(NumericsError, match=r"6.00 bits per input, needed at most 0.05"):
+    with pytest.raises(NumericsError, match=r"1 of 2 inputs, 6.00 bits each on average, needed at most 0.05"):
         choose_wide_inputs(costs, 6.0, 0.05)
+
+
+def test_wide_codes_with_cheaper_scales_come_first() -> None:
+    costs = {
+        "dear": InputCost((0.5, 0.01), (4.25, 8.25), 1),
+        "as dear": InputCost((0.1, 0.01), (12.0, 12.0), 1),
+        "cheaper": InputCost((0.1, 0.01), (12.0, 8.9), 1),
+        "worse": InputCost((0.1, 0.2), (12.0, 8.9), 1),
+    }
+    assert choose_wide_inputs(costs, bits_of(costs, ()), None) == {"as dear", "cheaper"}
+    assert choose_wide_inputs(costs, None, 0.2) == {"dear", "as dear", "cheaper"}
+    with pytest.raises(NumericsError, match="3 of 4 inputs"):
+        choose_wide_inputs(costs, None, 0.1)
 
 
 @pytest.fixture(scope="module")

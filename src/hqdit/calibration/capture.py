@@ -115,7 +115,10 @@ class BlockStream:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             nonlocal seen
             x = channels_last(module, inputs[0])
-            consume(x.reshape(-1, x.shape[-1]), x.shape[0] if x.dim() > 2 else None)
+            # One image without a batch has rows of pixels on its first axis.
+            is_single = x.dim() == 3 and isinstance(module, nn.Conv2d)
+            samples = None if x.dim() < 3 else 1 if is_single else x.shape[0]
+            consume(x.reshape(-1, x.shape[-1]), samples)
             seen += 1
             if seen == runs:
                 raise Stop

@@ -101,7 +101,8 @@ def gradient_sketches(
             if not bool(torch.isfinite(gradient).all()):
                 raise NumericsError(
                     f"sensitivity: found NaN or infinity in the gradient at the input of {group}, needed finite "
-                    "numbers. Fix: check the calibration data and the float model, or use --emphasis 0"
+                    "numbers. Fix: check the calibration data and the float model, or ask for nothing that needs "
+                    "gradients: --emphasis 0, --centring static, no sensitive groups, --average-bits or --max-error"
                 )
             rows_of_tokens = random_stream(seed, f"sensitivity/{group}/{number}").integers(
                 0, SKETCH_ROWS, len(gradient)

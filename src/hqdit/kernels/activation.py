@@ -37,7 +37,7 @@ class QuantizedActivation(NamedTuple):
         (tokens, width), groups = self.levels.shape, self.scale.shape[1]
         grouped = self.levels.to(torch.float32).reshape(tokens, groups, width // groups)
         numbers = (grouped * self.scale.unsqueeze(-1)).reshape(self.levels.shape)
-        return numbers if self.mean is None else numbers + over_tokens(self.mean.dequantize(), tokens)
+        return numbers if self.mean is None else add_to_tokens(numbers, self.mean.dequantize())
 
 
 def split_means(x: Tensor, samples: int) -> tuple[Tensor, Tensor]:
@@ -59,6 +59,13 @@ def over_tokens(of_samples: Tensor, tokens: int) -> Tensor:
     """Rows of samples, (samples, width), for all of their tokens: (tokens, width)."""
     samples, width = of_samples.shape
     return of_samples.unsqueeze(1).expand(samples, tokens // max(samples, 1), width).reshape(tokens, width)
+
+
+def add_to_tokens(x: Tensor, of_samples: Tensor) -> Tensor:
+    """Rows of samples, (samples, width), added to all of their tokens, x (tokens, width)."""
+    samples, width = of_samples.shape
+    by_sample = x.reshape(samples, len(x) // max(samples, 1), width)
+    return (by_sample + of_samples.unsqueeze(1)).reshape(x.shape)
 
 
 def quantize_activation(x: Tensor, spec: ActivationSpec, static_scale: Tensor | None = None) -> QuantizedActivation:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hqdit.kernels.activation import QuantizedActivation, over_tokens, split_means
+from hqdit.kernels.activation import QuantizedActivation, add_to_tokens
 from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight, apply_epilogue, low_bit_linear
-from hqdit.kernels.preparation import Front, InputPreparation, before_rotation, centred_parts, prepare_input
+from hqdit.kernels.preparation import Front, InputPreparation, prepare_input
 
 
 class Backend(ABC):
@@ -63,18 +63,17 @@ class Backend(ABC):
         """
         if activation.mean is None:
             return self.product(activation, weights, epilogue, dtype)
-        tokens = len(activation.levels)
         of_means = self.product(activation.mean, [weight._replace(bias=None) for weight in weights])
         rest = activation._replace(mean=None)
         if epilogue.function is None and epilogue.gate is not None and epilogue.residual is not None:
             # Added to the residual, which is read anyway: r + g (y + m) = (r + g m) + g y.
             (of_mean,) = of_means
-            residual = epilogue.residual.to(torch.float32) + over_tokens(of_mean * epilogue.gate, tokens)
+            residual = add_to_tokens(epilogue.residual.to(torch.float32), of_mean * epilogue.gate)
             (output,) = self.product(rest, weights, epilogue._replace(residual=residual))
             return [output.to(dtype)]
         outputs = self.product(rest, weights)
         return [
-            apply_epilogue(output + over_tokens(of_mean, tokens), epilogue, dtype)
+            apply_epilogue(add_to_tokens(output, of_mean), epilogue, dtype)
             for output, of_mean in zip(outputs, of_means, strict=True)
         ]
 
@@ -87,17 +86,6 @@ class Backend(ABC):
         dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:
         """`linear` for an activation without means."""
-
-    def _quantize_in_parts(
-        self, x: Tensor, preparation: InputPreparation, front: Front, samples: int
-    ) -> QuantizedActivation:
-        """`quantize_input` for kernels that know plain inputs only: what precedes the rotation is done beforehand."""
-        y = before_rotation(x, preparation, front)
-        of_rest, of_means = centred_parts(preparation)
-        if preparation.activation.centring != "sample":
-            return self.quantize_input(y, of_rest)
-        mean, rest = split_means(y, samples)
-        return self.quantize_input(rest, of_rest)._replace(mean=self.quantize_input(mean, of_means))
 
     @abstractmethod
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hqdit.kernels import native_library, native_ops
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.backend import TorchBackend
 from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight
-from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise
+from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise, in_parts
 
 
 class NativeBackend(TorchBackend):
@@ -34,11 +34,16 @@ class NativeBackend(TorchBackend):
     def quantize_input(
         self, x: Tensor, preparation: InputPreparation, front: Front = None, samples: int = 1
     ) -> QuantizedActivation:
-        tables = preparation.tables
-        if tables is None or x.device.type != "cpu":
+        if preparation.tables is None or x.device.type != "cpu":
             return super().quantize_input(x, preparation, front, samples)
-        if not preparation.is_plain:
-            return self._quantize_in_parts(x, preparation, front, samples)
+        if preparation.is_plain:
+            return self._quantize_plain(x, preparation, front)
+        return in_parts(x, preparation, front, samples, self._quantize_plain)
+
+    def _quantize_plain(self, x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
+        """One call of the kernel, for a plain preparation with tables."""
+        tables = preparation.tables
+        assert tables is not None  # the caller looked, and INT8 has them
         function = scale = shift = None
         eps = 0.0
         if isinstance(front, Pointwise):

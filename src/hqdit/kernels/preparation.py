@@ -8,6 +8,7 @@ scale per token and group, rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -102,6 +103,8 @@ class InputPreparation(NamedTuple):
         static_scale: float32 (1,) for granularity tensor.
         input_shift, input_scale: float32 (width,): (x - shift) * scale before the rotation; None for none.
         emphasis: bfloat16 (rank, width): directions that are stretched before the rotation (`quantizers.emphasis`).
+        mean_tables: `input_tables` of `MEAN_SPEC` and the rotation, where means of samples are split off. They are made
+            with the layer, because torch.compile cannot follow how.
     """
 
     activation: ActivationSpec
@@ -113,6 +116,7 @@ class InputPreparation(NamedTuple):
     input_shift: Tensor | None = None
     input_scale: Tensor | None = None
     emphasis: Tensor | None = None
+    mean_tables: InputTables | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -158,12 +162,30 @@ def before_rotation(x: Tensor, preparation: InputPreparation, front: Front = Non
     return y if preparation.emphasis is None else emphasise(y, preparation.emphasis)
 
 
-def centred_parts(preparation: InputPreparation) -> tuple[InputPreparation, InputPreparation]:
-    """What is left after `before_rotation` where means of samples are split off: for the rest, and for the means."""
-    rest = preparation._replace(
-        activation=replace(preparation.activation, centring="none"), input_shift=None, input_scale=None, emphasis=None
-    )
-    return rest, rest._replace(activation=MEAN_SPEC, tables=input_tables(MEAN_SPEC, preparation.rotation))
+def in_parts(
+    x: Tensor,
+    preparation: InputPreparation,
+    front: Front,
+    samples: int,
+    quantize: Callable[[Tensor, InputPreparation], QuantizedActivation],
+) -> QuantizedActivation:
+    """What precedes the rotation, means of samples split off if that is asked for, and `quantize` for the parts.
+
+    Args:
+        x: floating point (tokens, width).
+        preparation: the layer's wishes.
+        front: what comes before.
+        samples: how many samples the tokens are of, equally many each.
+        quantize: the rotation and what follows it.
+    """
+    y = before_rotation(x, preparation, front)
+    spec = replace(preparation.activation, centring="none")
+    of_rest = preparation._replace(activation=spec, input_shift=None, input_scale=None, emphasis=None)
+    if preparation.activation.centring != "sample":
+        return quantize(y, of_rest)
+    mean, rest = split_means(y, samples)
+    of_means = of_rest._replace(activation=MEAN_SPEC, tables=preparation.mean_tables)
+    return quantize(rest, of_rest)._replace(mean=quantize(mean, of_means))
 
 
 def prepare_input(
@@ -177,12 +199,7 @@ def prepare_input(
         front: what comes before.
         samples: how many samples the tokens are of, equally many each; it matters where their means are split off.
     """
-    y = before_rotation(x, preparation, front)
-    if preparation.activation.centring != "sample":
-        return _rotate_and_round(y, preparation)
-    mean, rest = split_means(y, samples)
-    of_rest, of_means = centred_parts(preparation)
-    return _rotate_and_round(rest, of_rest)._replace(mean=_rotate_and_round(mean, of_means))
+    return in_parts(x, preparation, front, samples, _rotate_and_round)
 
 
 def _rotate_and_round(y: Tensor, preparation: InputPreparation) -> QuantizedActivation:

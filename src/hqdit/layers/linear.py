@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hqdit.errors import UsageError
 from hqdit.formats.packed_layout import packed_row_bytes
-from hqdit.kernels.activation import QuantizedActivation
+from hqdit.kernels.activation import MEAN_SPEC, QuantizedActivation
 from hqdit.kernels.linear import PackedWeight, packed_level_tables
 from hqdit.kernels.preparation import Front, InputPreparation, input_tables
 from hqdit.kernels.selection import current_backend
@@ -82,6 +82,7 @@ class HQLinear(nn.Linear):
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self._input_tables = input_tables(spec.activation, spec.rotation)
+        self._mean_tables = input_tables(MEAN_SPEC, spec.rotation) if spec.activation.centring == "sample" else None
         self._level_tables = packed_level_tables(spec.weight.formats)
 
         def add(name: str, shape: tuple[int, ...], dtype: torch.dtype, wanted: bool = True) -> None:
@@ -188,6 +189,7 @@ class HQLinear(nn.Linear):
             input_shift=None if self.input_shift is None else self.input_shift.to(torch.float32),
             input_scale=self.input_scale if self.spec.activation.smoothing == "applied" else None,
             emphasis=self.emphasis,
+            mean_tables=self._mean_tables,
         )
 
     @property

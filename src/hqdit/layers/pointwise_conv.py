@@ -12,6 +12,8 @@ class HQPointwiseConv2d(HQLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features, height, width) -> (..., out_features, height, width) in the dtype of `input`."""
+        if input.dim() == 3:  # one image, whose rows are no samples
+            return self.forward(input.unsqueeze(0)).squeeze(0)
         return super().forward(input.movedim(-3, -1)).movedim(-1, -3).contiguous()
 
 

@@ -185,9 +185,9 @@ def _require_budget(config: QuantizationConfig) -> None:
         is_static = config.activation_granularity in STATIC_GRANULARITIES or config.format_search
         if is_static or any(not fmt.is_int8 or fmt.bits > 4 for fmt in config.activation_candidates):
             raise UsageError(
-                f"{flag}: found activations {config.activations} per {config.activation_granularity}, needed 4-bit "
-                "ones with dynamic scales, of which some get 8 bits. Fix: use --activations same and granularity "
-                "token or group"
+                f"{flag}: found activations in {config.activation_candidates[0]} per {config.activation_granularity}, "
+                "needed 4-bit ones with dynamic scales, of which some get 8 bits. Fix: use --activations lloyd-max and "
+                "--activation-granularity token or group"
             )
 
 

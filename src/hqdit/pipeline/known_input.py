@@ -47,7 +47,7 @@ class KnownInput(NamedTuple):
 
     @property
     def is_sensitive(self) -> bool:
-        """Whether much of the model's error comes through this input."""
+        """Whether much of the model's error comes through this input, which has 4 bits."""
         return not self.is_wide and self.error_share is not None and self.error_share >= SENSITIVE_SHARE
 
 
@@ -103,17 +103,17 @@ def known_inputs(
     emphases = choose_emphases(candidates, sum(layer.in_features * layer.out_features for layer in plan.layers))
     of_weights = predicted_errors(candidates, emphases)
     of_inputs = dict(of_weights)
+    by_sample: set[str] = set()
     if config.centring == "sample":
         # Not beside emphasised directions: tokens that equal the static mean have no error, but would get that of
         # their sample's mean, stretched (docs/method.md).
         kept = {group: share for group, share in kept.items() if group not in emphases}
-        of_inputs |= {group: of_inputs[group] * kept[group] for group in _worth_their_time(of_inputs, kept)}
+        by_sample = _worth_their_time(of_inputs, kept)
+        of_inputs |= {group: of_inputs[group] * kept[group] for group in by_sample}
     total = math.fsum(of_inputs.values())
     known = {}
     for group in surveys:
-        centring = "none" if config.centring == "none" else "static"
-        if of_inputs.get(group) != of_weights.get(group):
-            centring = "sample"
+        centring = "none" if config.centring == "none" else "sample" if group in by_sample else "static"
         share = of_inputs[group] / total if group in of_inputs and total > 0 else None
         known[group] = KnownInput(scales.get(group), shifts.get(group), centring, emphases.get(group), share)
     if config.average_bits is None and config.max_error is None:

@@ -72,6 +72,10 @@ def _policy(config: QuantizationConfig) -> str:
     parts += ["searched"] if config.format_search else []
     parts += [f"smoothed by alpha {config.smoothing:g}"] if config.smoothing is not None else []
     parts += [f"centred ({config.centring})"] if config.centring != "none" else []
+    if config.average_bits is not None or config.max_error is not None:
+        bits = "" if config.average_bits is None else f" up to {config.average_bits:g} bits on average"
+        error = "" if config.max_error is None else f" down to a predicted error of {config.max_error:g}"
+        parts.append(f"some inputs int8{bits}{error}")
     parts += [f"at most {config.emphasis} emphasised directions"] if config.emphasis else []
     parts += [f"16-bit branch of rank {config.low_rank}"] if config.low_rank else []
     return "; ".join(parts)

@@ -12,7 +12,7 @@ from hqdit.errors import UsageError
 from hqdit.kernels.activation import QuantizedActivation
 from hqdit.kernels.backend import TorchBackend
 from hqdit.kernels.linear import NO_EPILOGUE, Epilogue, PackedWeight
-from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise
+from hqdit.kernels.preparation import Front, InputPreparation, LayerNormModulate, Pointwise, in_parts
 from hqdit.kernels.triton import library, product_operation, rotate_quantize_operation, tiles
 from hqdit.quantizers.spec import ActivationSpec
 
@@ -50,17 +50,21 @@ class TritonBackend(TorchBackend):
     def quantize_input(
         self, x: Tensor, preparation: InputPreparation, front: Front = None, samples: int = 1
     ) -> QuantizedActivation:
+        _require_known(preparation.activation)
+        if preparation.is_plain:
+            return self._quantize_plain(x, preparation, front)
+        return in_parts(x, preparation, front, samples, self._quantize_plain)
+
+    def _quantize_plain(self, x: Tensor, preparation: InputPreparation, front: Front = None) -> QuantizedActivation:
+        """One call of the kernel where there is one; the preparation is plain."""
         tables, activation = preparation.tables, preparation.activation
         group_size = activation.group_size or x.shape[1]
-        _require_known(activation)
         # Scales in 8 bits have no kernel here.
         if tables is None or activation.has_short_scales:
-            return super().quantize_input(x, preparation, front, samples)
-        if not preparation.is_plain:
-            return self._quantize_in_parts(x, preparation, front, samples)
+            return super().quantize_input(x, preparation, front)
         tile = tiles.token_tile(x.shape[1], tables.sylvester, tables.paley, tables.inner, group_size)
         if not tile.fits(library.shared_memory(x.device)):
-            return super().quantize_input(x, preparation, front, samples)
+            return super().quantize_input(x, preparation, front)
         function = scale = shift = None
         eps = 0.0
         if isinstance(front, Pointwise):
