@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import calibration, predicted, tiny_dit
 
 from hqdit.analysis.inspection import bits_per_activation, bits_per_input
+from hqdit.cli.main import run
 from hqdit.errors import NumericsError, UsageError
 from hqdit.numerics.error import sqnr_db
 from hqdit.pipeline.checkpoint import load, quantized_layers, save
@@ -160,3 +161,16 @@ def test_bits_per_input_by_hand() -> None:
                 assert found == pytest.approx(expected(width))
             else:
                 assert found == pytest.approx(4 + 8 / 72 + 8 / width + is_split * (8 + 32 / width) / 16)
+
+
+def test_inspect_shows_which_inputs_have_8_bits(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model = quantize(tiny_dit(), PLUS.replace(average_bits=5.0), calibration())
+    save(model, tmp_path / "model")
+    assert run(["inspect", str(tmp_path / "model")]) == 0
+    shown = capsys.readouterr()
+    lines = (shown.out + shown.err).splitlines()
+    wide = [name for name, layer in quantized_layers(model).items() if layer.spec.activation.format.bits == 8]
+    assert f"inputs with 8 bits, {len(wide)} of {len(quantized_layers(model))} layers: {', '.join(wide)}" in lines
+    rows = {line.split()[0]: line.split()[1:3] for line in lines if line.startswith("transformer_blocks")}
+    assert all(rows[name] == ["lloyd-max", "int8"] for name in wide)
+    assert {tuple(cells) for name, cells in rows.items() if name not in wide} == {("lloyd-max", "lloyd-max")}

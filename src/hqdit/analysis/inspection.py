@@ -92,6 +92,8 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         layers[name] = {
             "formats": [fmt.name for fmt in spec.weight.formats],
             "activation": spec.activation.format.name,
+            "activation_bits": spec.activation.format.bits,
+            "centring": spec.activation.centring,
             "weight_granularity": spec.weight.granularity,
             "activation_granularity": spec.activation.granularity,
             "weight_scale_format": spec.weight.scale_format,

@@ -52,8 +52,8 @@ def _row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
     damping = facts.get("damp_fraction")
     return (
         name,
-        "/".join(facts["formats"]),
-        facts["activation"],
+        "/".join(map(_short, facts["formats"])),
+        _short(facts["activation"]),
         "infinite" if statistic is None else f"{statistic:.1f}",
         f"{_granularity(facts, 'weight')} x {_granularity(facts, 'activation')}",
         facts["rotation"],
@@ -63,6 +63,13 @@ def _row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
         "-" if damping is None else f"{damping:g}",
         f"{facts['bits_per_weight']:.3f}",
     )
+
+
+def _short(name: str) -> str:
+    """A format's name, or that of the codebook whose 16 numbers it lists."""
+    from hqdit.formats.catalog import format_from_json
+
+    return "lloyd-max" if name == format_from_json("lloyd-max").name else name
 
 
 def _granularity(facts: dict[str, Any], side: str) -> str:
@@ -87,3 +94,6 @@ def print_sizes(path: Path, result: dict[str, Any]) -> None:
         f"output channels kept at round-to-nearest: {kept}; dead input channels: {dead}; all-zero output channels: "
         f"{zero}; layers multiplied in float32 instead of int8: {floats}"
     )
+    wide = [name for name, facts in result["layers"].items() if facts["activation_bits"] == 8]
+    if 0 < len(wide) < len(layers):
+        say(f"inputs with 8 bits, {len(wide)} of {len(layers)} layers: {', '.join(wide)}")
