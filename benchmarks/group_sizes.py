@@ -56,8 +56,8 @@ def quantized_blocks(folder: Path, blocks: int) -> dict[str, Any]:
     models = {}
     for row, config in ROWS.items():
         model = load_float_transformer(find_model(folder / "float"))
-        # GPTQ changes codes, not what is computed.
-        models[row] = quantize(model, config.replace(gptq=False, act_order=False), calibration)
+        # GPTQ and the search of scales change codes, not what is computed.
+        models[row] = quantize(model, config.replace(gptq=False, act_order=False, scale_rule="absmax"), calibration)
     return models
 
 
