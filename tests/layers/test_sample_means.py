@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hqdit.errors import CheckpointError, UsageError
 from hqdit.formats.catalog import E2M1, format_from_json
-from hqdit.kernels.activation import over_tokens, quantize_activation, quantize_centred, split_means
+from hqdit.kernels.activation import quantize_activation, quantize_centred, split_means
 from hqdit.kernels.linear import Epilogue
 from hqdit.kernels.preparation import LayerNormModulate, Pointwise
 from hqdit.kernels.selection import current_backend, use_backend
@@ -178,7 +178,7 @@ def test_the_epilogue_follows_the_means(name: str, dtype: torch.dtype, kind: str
     if "gelu" in kind:
         expected = torch.nn.functional.gelu(expected)
     if gate is not None and residual is not None:
-        expected = residual.double() + over_tokens(gate, SAMPLES * TOKENS).double() * expected
+        expected = residual.double() + gate.repeat_interleave(TOKENS, dim=0).double() * expected
     assert found.dtype == dtype
     # The order of a handful of sums in float32, then one rounding to the dtype.
     scale = expected.abs().amax()
@@ -234,11 +234,11 @@ def test_means_and_rest_make_up_the_input(seed: int, samples: int, tokens: int) 
     mean, rest = split_means(x, samples)
     wide = x.double().reshape(samples, tokens, 8)
     assert torch.allclose(mean.double(), wide.mean(dim=1), rtol=0, atol=1e-6)
-    assert torch.allclose(rest + over_tokens(mean, len(x)), x, rtol=0, atol=1e-6)
+    assert torch.allclose(rest + mean.repeat_interleave(tokens, dim=0), x, rtol=0, atol=1e-6)
     centred = quantize_centred(x, ActivationSpec(E2M1, centring="sample"), samples=samples)
     assert centred.mean is not None and centred.mean.levels.shape == (samples, 8)
     # A rounding error is at most half the widest gap: 1/6 of absmax for E2M1, 1/254 for the means.
-    limit = rest.abs().amax(dim=1) / 6 + over_tokens(mean.abs().amax(dim=1, keepdim=True), len(x))[:, 0] / 254
+    limit = rest.abs().amax(dim=1) / 6 + mean.abs().amax(dim=1).repeat_interleave(tokens) / 254
     assert ((centred.dequantize() - x).abs().amax(dim=1) <= limit * 1.0001 + 1e-6).all()
 
 

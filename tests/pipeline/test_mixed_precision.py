@@ -17,7 +17,8 @@ from hqdit.errors import NumericsError, UsageError
 from hqdit.numerics.error import sqnr_db
 from hqdit.pipeline.checkpoint import load, quantized_layers, save
 from hqdit.pipeline.config import QuantizationConfig
-from hqdit.pipeline.mixed_precision import InputCost, choose_wide_inputs
+from hqdit.pipeline.mixed_precision import InputCost, choose_wide_inputs, input_cost
+from hqdit.pipeline.plan import plan_quantization
 from hqdit.pipeline.quantize import quantize
 
 PLUS = QuantizationConfig.preset("hqdit-plus")
@@ -174,3 +175,11 @@ def test_inspect_shows_which_inputs_have_8_bits(tmp_path: Any, capsys: pytest.Ca
     rows = {line.split()[0]: line.split()[1:3] for line in lines if line.startswith("transformer_blocks")}
     assert all(rows[name] == ["lloyd-max", "int8"] for name in wide)
     assert {tuple(cells) for name, cells in rows.items() if name not in wide} == {("lloyd-max", "lloyd-max")}
+
+
+def test_a_wide_input_gives_up_its_fine_groups_on_both_sides() -> None:
+    layer = next(layer for layer in plan_quantization(tiny_dit(), PLUS).layers if layer.in_features == 72)
+    fine, plain = (input_cost(PLUS, layer, (0.0, 1.0), 1, is_sensitive) for is_sensitive in (True, False))
+    # Errors of the weights alone: groups of 12 channels are finer than those of 72, and a wide input has the latter.
+    assert fine.errors[0] < fine.errors[1] == plain.errors[0] == plain.errors[1]
+    assert fine.bits[0] > plain.bits[0] and fine.bits[1] == plain.bits[1] == pytest.approx(plain.bits[0] + 4)

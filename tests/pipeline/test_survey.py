@@ -39,9 +39,9 @@ def test_statistics_are_those_of_all_tokens() -> None:
         assert all(tuple(row) in rows for row in survey.sample.tolist())
         # Samples of 4 tokens each, whose mean goes with each of them.
         by_sample = x.float().reshape(-1, 4, x.shape[1])
-        means = {tuple(t): m for s in by_sample for t, m in zip(s.tolist(), s.mean(dim=0).expand(4, -1), strict=True)}
-        expected = torch.stack([means[tuple(row)] for row in survey.sample.tolist()])
-        assert survey.has_samples and torch.allclose(survey.sample_means, expected, rtol=0, atol=1e-5)
+        rest = {tuple(t): r for s in by_sample for t, r in zip(s.tolist(), s - s.mean(dim=0), strict=True)}
+        expected = torch.stack([rest[tuple(row)] for row in survey.sample.tolist()])
+        assert survey.has_samples and torch.allclose(survey.rest, expected, rtol=0, atol=1e-5)
     modulation = surveys["transformer_blocks.0.modulation"]
     assert modulation.sample.shape == (min(SAMPLE_TOKENS, MODULATION_PAIRS), 72)
     assert not modulation.has_samples

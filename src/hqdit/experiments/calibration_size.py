@@ -159,13 +159,15 @@ def layer_sqnr(exact: nn.Module, quantized: nn.Module, data: CalibrationSet, see
             if site.block == block and site.name in layers and not site.is_modulation:
                 linear, ratio = exact.get_submodule(site.name), SignalToNoise()
                 assert isinstance(linear, nn.Linear)  # a site is nothing else
-                stream.capture(site, partial(_compare, ratio, linear, layers[site.name]), site.name)
+                stream.capture_samples(site, partial(_compare, ratio, linear, layers[site.name]), site.name)
                 ratios[site.name] = ratio
         stream.advance(block)
     return {name: ratio.db for name, ratio in ratios.items()}
 
 
-def _compare(ratio: SignalToNoise, exact: nn.Linear, quantized: nn.Module, x: Tensor) -> None:
+def _compare(ratio: SignalToNoise, exact: nn.Linear, quantized: nn.Module, x: Tensor, samples: int | None) -> None:
+    if samples is not None:
+        x = x.reshape(samples, -1, x.shape[1])
     # Not `exact(x)`: the stream's hook on it, which called this, would be called again.
     ratio.add(nn.functional.linear(x, exact.weight, exact.bias), quantized(x))
 

@@ -55,12 +55,6 @@ def split_means(x: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     return mean, (by_sample - mean.unsqueeze(1)).reshape(x.shape)
 
 
-def over_tokens(of_samples: Tensor, tokens: int) -> Tensor:
-    """Rows of samples, (samples, width), for all of their tokens: (tokens, width)."""
-    samples, width = of_samples.shape
-    return of_samples.unsqueeze(1).expand(samples, tokens // max(samples, 1), width).reshape(tokens, width)
-
-
 def add_to_tokens(x: Tensor, of_samples: Tensor) -> Tensor:
     """Rows of samples, (samples, width), added to all of their tokens, x (tokens, width)."""
     samples, width = of_samples.shape

@@ -99,7 +99,7 @@ def known_inputs(
         of_x = rows / scales[group] if group in scales and group not in folded else rows
         candidates[group] = EmphasisCandidates(x, of_x, config.emphasis, readers[group])
         if survey.has_samples:
-            kept[group] = _share_of_power(applied(group, delivered(group, survey.sample - survey.sample_means)), x)
+            kept[group] = _share_of_power(applied(group, delivered(group, survey.rest)), x)
     emphases = choose_emphases(candidates, sum(layer.in_features * layer.out_features for layer in plan.layers))
     of_weights = predicted_errors(candidates, emphases)
     of_inputs = dict(of_weights)
@@ -118,12 +118,13 @@ def known_inputs(
         known[group] = KnownInput(scales.get(group), shifts.get(group), centring, emphases.get(group), share)
     if config.average_bits is None and config.max_error is None:
         return known
-    costs = {}
-    for layer in plan.layers:
-        group = layer.site.input_group
-        if group in of_inputs and gradients.output_power > 0:
-            parts = of_inputs[group] / gradients.output_power, of_weights[group] / gradients.output_power
-            costs[group] = input_cost(config, layer, parts, readers[group], known[group].is_sensitive)
+    power = gradients.output_power
+    errors = {group: (of_inputs[group] / power, of_weights[group] / power) for group in of_inputs if power > 0}
+    costs = {
+        group: input_cost(config, layer, errors[group], readers[group], known[group].is_sensitive)
+        for group, layer in ((layer.site.input_group, layer) for layer in plan.layers)
+        if group in errors
+    }
     wide = choose_wide_inputs(costs, config.average_bits, config.max_error)
     return {group: found._replace(is_wide=group in wide) for group, found in known.items()}
 

@@ -12,10 +12,10 @@ from hqdit.pipeline.config import QuantizationConfig
 from hqdit.pipeline.plan import PlannedLayer, activation_spec
 from hqdit.quantizers.expected_scale import normal_error
 
-#: What an input with 8 bits is rounded to: on int8 hardware its product takes no longer than one of 4-bit numbers.
+#: What an input with 8 bits is rounded to: its product is the same int8 product that one of 4-bit numbers is.
 WIDE_FORMAT = INT8
 #: Error of a weight under GPTQ relative to that of rounding to nearest, as it reaches the output: errors of columns
-#: compensate each other. About this on the bundled models; a prediction needs no more.
+#: compensate each other. Of the size that trials on the bundled models had; the prediction is no finer than that.
 GPTQ_ERROR = 0.2
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hqdit.calibration.capture import BlockStream, CalibrationData
-from hqdit.kernels.activation import over_tokens, split_means
+from hqdit.kernels.activation import split_means
 from hqdit.models.adapter import adapter_for
 from hqdit.pipeline.plan import QuantizationPlan
 from hqdit.randomness import random_stream
@@ -27,7 +27,7 @@ class InputSurvey:
         mean_square: mean of the squares, float64 (in_features,).
         mean: float64 (in_features,).
         sample: `SAMPLE_TOKENS` tokens, or all if there are fewer, drawn evenly: float32 (tokens, in_features).
-        sample_means: for each of these the mean of all tokens of its own sample (image), float32 (tokens, in_features).
+        rest: what the mean over all tokens of its own sample (image) leaves of each of these, float32, same shape.
         has_samples: whether samples have several tokens; otherwise all tokens together count as one for these means.
     """
 
@@ -35,7 +35,7 @@ class InputSurvey:
     mean_square: Tensor
     mean: Tensor
     sample: Tensor
-    sample_means: Tensor
+    rest: Tensor
     has_samples: bool
 
     @property
@@ -122,13 +122,13 @@ class _Survey:
         self._squares += wide.square().sum(dim=0)
         tokens = x.to(torch.float32)
         self._has_samples &= samples is not None
-        mean, _ = split_means(tokens, samples or 1)
-        self._sample.add(torch.cat([tokens, over_tokens(mean, len(x))], dim=1))
+        _, rest = split_means(tokens, samples or 1)
+        self._sample.add(torch.cat([tokens, rest], dim=1))
         self._count += len(x)
 
     @property
     def survey(self) -> InputSurvey:
         count = max(self._count, 1)
-        sample, sample_means = self._sample.tokens(2 * self._width).chunk(2, dim=1)
+        sample, rest = self._sample.tokens(2 * self._width).chunk(2, dim=1)
         moments = self._absmax, self._squares / count, self._sum / count
-        return InputSurvey(*moments, sample, sample_means, self._has_samples)
+        return InputSurvey(*moments, sample, rest, self._has_samples)
